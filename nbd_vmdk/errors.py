@@ -1,0 +1,244 @@
+"""Everything that can go wrong, one class a cause.
+
+The text lives on the class; a call site hands over the file and the fields, not a sentence::
+
+    VmdkError
+    ├── FormatError           the bytes can't be what they claim                     EIO
+    │   ├── NotVmdk           the file is something else, or not the right file
+    │   ├── BadField          a header field or table entry has an impossible value
+    │   ├── BadDescriptor     a line of the descriptor can't be understood
+    │   ├── Truncated         the file ends before what it must hold
+    │   └── Unreadable        guest data that is lost, or that access NOACCESS hides
+    ├── Unsupported           understood, and not served                             EIO
+    ├── ChainError            the links do not make one disk                         EIO
+    │   ├── ParentNotFound
+    │   ├── ContentIdMismatch
+    │   └── ChainTooDeep      a loop, or too many links
+    ├── TrustError            a file that the image names, and may not have          EPERM
+    ├── StorageError          the operating system said no                           its errno
+    │   ├── FileMissing
+    │   └── Latched           an earlier sync failed: nothing is promised any more   EIO
+    ├── InUse                 another process holds the image                        EIO, exit 5
+    ├── WriteRefused          writing here would break something, or is not possible EPERM
+    ├── OutOfRange            a request beyond the disk's end                        EINVAL
+    ├── NotFast               a zero that would not be faster than writing           ENOTSUP
+    ├── ServerError           nbdkit could not be started, or ended unasked          EIO
+    └── OptionError           what the user asked for makes no sense                 EINVAL, exit 2
+
+``str(error)`` is one line, ``FILE: what is wrong``; ``error.hint`` is what to do, or None.  ``errno`` is
+what an NBD client may be told: nbdkit 1.32 passes on EPERM, EIO, ENOMEM, EINVAL, ENOSPC, ENOTSUP and
+ESHUTDOWN, and turns the rest into EINVAL, so only those appear.  ``slug`` is a stable name for programs.
+"""
+
+import errno as _errno
+import os
+from typing import ClassVar
+
+#: errno values that reach an NBD client as themselves; everything else becomes EIO.
+_PASSED = {
+    _errno.EPERM: _errno.EPERM,
+    _errno.EROFS: _errno.EPERM,
+    _errno.EACCES: _errno.EPERM,
+    _errno.ENOMEM: _errno.ENOMEM,
+    _errno.ENOSPC: _errno.ENOSPC,
+    _errno.EDQUOT: _errno.ENOSPC,
+    _errno.EFBIG: _errno.ENOSPC,
+}
+
+
+class VmdkError(Exception):
+    """Base of all errors this package raises on purpose.
+
+    ``file`` is the file concerned, as the user would know it, or None.  The other fields fill the class's
+    ``template`` and ``hint_template``; an explicit ``hint`` replaces the latter.
+    """
+
+    slug: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+    template: ClassVar[str] = "{why}"
+    hint_template: ClassVar[str | None] = None
+    errno: int = _errno.EIO
+
+    def __init__(
+        self, file: str | os.PathLike[str] | None, /, *, hint: str | None = None, **fields: object
+    ) -> None:
+        self.file = None if file is None else os.fspath(file)
+        self.fields = fields
+        self.message = self.template.format_map(fields)
+        self.hint = hint
+        if hint is None and self.hint_template is not None:
+            self.hint = self.hint_template.format_map(fields | {"file": self.file})
+        super().__init__(self.message if self.file is None else f"{self.file}: {self.message}")
+
+    def as_dict(self) -> dict[str, object]:
+        """The error for ``--json``: slug, file, message, hint."""
+        return {
+            "error": self.slug,
+            "file": self.file,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
+
+class FormatError(VmdkError):
+    """The bytes can't be what they claim to be.  Fields: why."""
+
+    slug = "bad-format"
+
+
+class NotVmdk(FormatError):
+    """The file is something else, or it is not the file to open.  Fields: what."""
+
+    slug = "not-vmdk"
+    template = "{what}"
+
+
+class BadField(FormatError):
+    """A header field or a table entry has an impossible value.  Fields: field, value, why."""
+
+    slug = "bad-field"
+    template = "{field} is {value}: {why}"
+
+
+class BadDescriptor(FormatError):
+    """A line of the descriptor can't be understood.  Fields: line (number from 1), why."""
+
+    slug = "bad-descriptor"
+    template = "descriptor line {line}: {why}"
+
+
+class Truncated(FormatError):
+    """The file ends before what it must hold.  Fields: what, need (bytes), have (bytes)."""
+
+    slug = "truncated"
+    template = "the file ends too early for {what}: {need} bytes needed, {have} there"
+    hint_template = "the file was cut off, perhaps by an interrupted copy or download: get it again"
+
+
+class Unreadable(FormatError):
+    """Guest data that can't be had.  Fields: offset (guest, bytes), length, why."""
+
+    slug = "unreadable"
+    template = "guest bytes {offset}+{length} can't be read: {why}"
+
+
+class Unsupported(VmdkError):
+    """Understood, and not served.  Fields: what."""
+
+    slug = "unsupported"
+    template = "{what}"
+
+
+class ChainError(VmdkError):
+    """The links do not make one disk.  Fields: why."""
+
+    slug = "chain"
+
+
+class ParentNotFound(ChainError):
+    """The parent that a child link needs is nowhere.  Fields: parent (as the child names it), cid."""
+
+    slug = "parent-not-found"
+    template = "its parent {parent} (content ID {cid}) was not found"
+    hint_template = "put the parent beside it, or name it with --parent FILE"
+
+
+class ContentIdMismatch(ChainError):
+    """The parent was changed after the child was made.  Fields: parent, expected, found."""
+
+    slug = "cid-mismatch"
+    template = "expects parent content ID {expected}, but {parent} has {found}"
+    hint_template = (
+        "{parent} was written after this snapshot was taken, or is another disk; "
+        "to look all the same, add --ignore-cid"
+    )
+
+
+class ChainTooDeep(ChainError):
+    """A loop in the chain, or more links than any product makes.  Fields: why."""
+
+    slug = "chain-too-deep"
+
+
+class TrustError(VmdkError):
+    """A file that the image names and may not have.  Fields: name, why."""
+
+    slug = "not-trusted"
+    errno = _errno.EPERM
+    template = "{name}: {why}"
+
+
+class StorageError(VmdkError):
+    """The operating system refused.  Fields: doing.  Built with :meth:`of` from an OSError."""
+
+    slug = "storage"
+    template = "{doing}: {why}"
+
+    @classmethod
+    def of(cls, error: OSError, file: str | None, doing: str) -> "StorageError":
+        """The error for an OSError met while ``doing`` something to ``file``."""
+        made = cls(file, doing=doing, why=error.strerror or str(error))
+        made.errno = _PASSED.get(error.errno or _errno.EIO, _errno.EIO)
+        if error.errno in (_errno.EACCES, _errno.EPERM, _errno.EROFS) and doing == "open for writing":
+            made.hint = "to serve it without writing, add -r"
+        return made
+
+
+class FileMissing(StorageError):
+    """A file that is needed is not there.  Fields: none."""
+
+    slug = "file-missing"
+    template = "no such file"
+
+
+class Latched(StorageError):
+    """A sync failed earlier, so nothing can be promised any more.  Fields: first (that error)."""
+
+    slug = "latched"
+    template = "an earlier sync failed ({first}); writing stops until the image is opened again"
+
+
+class InUse(VmdkError):
+    """Another process has the image.  Fields: how."""
+
+    slug = "in-use"
+    exit_code = 5
+    template = "in use by another process ({how})"
+    hint_template = "stop the other user, or read it as it is with -r"
+
+
+class WriteRefused(VmdkError):
+    """Writing here is not possible, or would break something else.  Fields: why."""
+
+    slug = "write-refused"
+    errno = _errno.EPERM
+
+
+class OutOfRange(VmdkError):
+    """A request beyond the end of the disk.  Fields: offset, length, size."""
+
+    slug = "out-of-range"
+    errno = _errno.EINVAL
+    template = "request of {length} bytes at {offset} is outside the disk of {size} bytes"
+
+
+class NotFast(VmdkError):
+    """Zeroing this range would be no faster than writing it.  Fields: none."""
+
+    slug = "not-fast"
+    errno = _errno.ENOTSUP
+    template = "zeroing would not be fast"
+
+
+class ServerError(VmdkError):
+    """The server could not be started, did not answer, or ended without being asked.  Fields: why."""
+
+    slug = "server"
+
+
+class OptionError(VmdkError):
+    """What the user asked for makes no sense.  Fields: why."""
+
+    slug = "usage"
+    errno = _errno.EINVAL
+    exit_code = 2
