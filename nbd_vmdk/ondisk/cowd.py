@@ -1,0 +1,86 @@
+"""The header of an ESX COWD extent (type VMFSSPARSE), the delta of VMFS before seSparse.
+
+Format facts: VMware's Virtual Disk Format technical note, "ESX Server sparse extents".
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from nbd_vmdk.errors import BadField, NotVmdk, Truncated
+from nbd_vmdk.units import MIB, SECTOR
+
+MAGIC: Final = b"COWD"
+ENTRIES_PER_TABLE: Final = 4096
+FLAG_INCONSISTENT: Final = 4
+
+_HEADER: Final = struct.Struct("<4sIIIIIII")
+_SIZE: Final = 2048
+_PARENT_AT: Final = 32
+_PARENT_SIZE: Final = 1024
+_UNCLEAN: Final = struct.Struct("<I")
+_UNCLEAN_AT: Final = 1648
+_FLAG_ROOT: Final = 1
+_MAX_GRAIN_SECTORS: Final = MIB // SECTOR
+_MAX_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CowdHeader:
+    """A valid header; ``free_sector`` is only a hint, QEMU never updates it."""
+
+    flags: int
+    capacity_sectors: int
+    grain_sectors: int
+    directory_sector: int
+    directory_entries: int
+    free_sector: int
+    unclean: bool
+
+    @property
+    def overhead(self) -> int:
+        """The byte before which no table or grain can lie."""
+        return self.directory_sector * SECTOR + self.directory_entries * 4
+
+
+def parse_header(data: bytes, file: str) -> CowdHeader:
+    """Read and validate the first 2048 bytes of ``file``.
+
+    Raises NotVmdk, Truncated or BadField.
+    """
+    if data[:4] != MAGIC:
+        raise NotVmdk(file, what="not a COWD extent")
+    if len(data) < _SIZE:
+        raise Truncated(file, what="its header", need=_SIZE, have=len(data))
+    _magic, version, flags, capacity, grain, directory, entries, free = _HEADER.unpack_from(data)
+
+    def refuse(field: str, value: object, why: str) -> BadField:
+        return BadField(file, field=field, value=value, why=why)
+
+    if version > _MAX_VERSION:
+        raise refuse("version", version, "only 1 is known")
+    if not 1 <= grain <= _MAX_GRAIN_SECTORS or grain & (grain - 1):
+        raise refuse("grainSize", grain, f"must be a power of two up to {_MAX_GRAIN_SECTORS} sectors")
+    needed = -(-capacity // (ENTRIES_PER_TABLE * grain))
+    if entries < needed:
+        raise refuse("numGDEntries", entries, f"{needed} are needed for {capacity} sectors")
+    if directory * SECTOR < _SIZE:
+        raise refuse("gdOffset", directory, "the directory would lie over the header")
+    return CowdHeader(
+        flags=flags,
+        capacity_sectors=capacity,
+        grain_sectors=grain,
+        directory_sector=directory,
+        directory_entries=needed,
+        free_sector=free,
+        unclean=bool(_UNCLEAN.unpack_from(data, _UNCLEAN_AT)[0]),
+    )
+
+
+def parent_name(data: bytes) -> str | None:
+    """The parent that an old Workstation or GSX child names in its header; ESX leaves it empty."""
+    flags = _HEADER.unpack_from(data)[2]
+    if flags & _FLAG_ROOT:
+        return None
+    raw = data[_PARENT_AT : _PARENT_AT + _PARENT_SIZE].split(b"\0", 1)[0]
+    return raw.decode("utf-8", "replace") or None
