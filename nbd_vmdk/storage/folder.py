@@ -1,0 +1,39 @@
+"""The gate: the only way to a file that an image names.
+
+An image is untrusted input.  A hostile descriptor names /etc/shadow or a device; so nothing that a
+descriptor, a chain or an appliance says is ever opened by plain path.  It is asked of a Folder, which
+knows what the user allowed.
+"""
+
+from abc import ABC, abstractmethod
+
+from nbd_vmdk.storage.base import Storage
+
+
+class Folder(ABC):
+    """A place whose files an image may name.  ``name`` is its path for messages."""
+
+    name: str
+
+    @abstractmethod
+    def open(self, name: str, *, writable: bool = False) -> Storage:
+        """Open the file ``name``: relative to this folder, or absolute; ``/`` separates.
+
+        It is not locked: that is the caller's choice (Storage.lock).  Raises FileMissing, TrustError (outside
+        what is allowed, or no regular file), WriteRefused (nothing here can be written) or StorageError.
+        """
+
+    @abstractmethod
+    def folder_of(self, name: str) -> "Folder":
+        """The folder that holds the file ``name``, under the same permissions as this one.
+
+        The file need not be there.  Raises as ``open`` does.
+        """
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The plain names in this folder, sorted."""
+
+    def label(self, name: str) -> str:
+        """The path of ``name`` as a user would write it."""
+        return name if name.startswith("/") else f"{self.name}/{name}"

@@ -1,0 +1,248 @@
+"""A file or a block device of this machine, by its descriptor.
+
+Nothing here opens by name: that is the gate's work (localfolder.py).  All reading and writing is
+positional, so threads share one descriptor without a lock; the file position, which nobody reads, is
+moved about by ``segments`` alone.
+"""
+
+# ruff: noqa: D102  the contract is in base.py
+
+import ctypes
+import errno
+import functools
+import os
+import resource
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from nbd_vmdk.errors import StorageError, Truncated
+from nbd_vmdk.storage import locks
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR
+
+_KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
+_ZERO_RANGE = 0x10
+
+#: The file system has no such call at all: it is not asked a second time.
+_NEVER = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY})
+
+#: What is written where nothing faster works.  calloc'ed and only read, it occupies no memory.
+_ZEROS = bytes(MIB)
+
+
+class LocalFile(Storage):
+    """An open descriptor as a storage.
+
+    It takes ``fd`` over and closes it.  ``close`` must not run beside another call: the number may be
+    given to another file at once.  A file that is being written by somebody else may shrink at any time,
+    which shows as Truncated, never as zeros.
+    """
+
+    def __init__(self, fd: int, name: str, *, writable: bool, is_device: bool = False) -> None:
+        self._fd = fd
+        self.name = name
+        self.writable = writable
+        self.is_device = is_device
+        stat = os.fstat(fd)
+        self._identity = (stat.st_rdev,) if is_device else (stat.st_dev, stat.st_ino)
+        # A device's size is not in its inode, and it does not grow under its users.
+        self._device_size = os.lseek(fd, 0, os.SEEK_END) if is_device else 0
+        self._can = {_PUNCH_HOLE: True, _ZERO_RANGE: True}
+
+    @property
+    def size(self) -> int:
+        if self.is_device:
+            return self._device_size
+        try:
+            return os.fstat(self._fd).st_size
+        except OSError as error:
+            raise StorageError.of(error, self.name, "size") from error
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        return self._identity
+
+    @property
+    def allocated(self) -> int:
+        if self.is_device:
+            return self._device_size
+        try:
+            return os.fstat(self._fd).st_blocks * SECTOR  # POSIX leaves the unit open; Linux says 512
+        except OSError as error:
+            raise StorageError.of(error, self.name, "size") from error
+
+    def read_into(self, buf: memoryview, at: int) -> None:
+        try:
+            got = os.preadv(self._fd, (buf,), at)
+            if got != buf.nbytes:
+                self._read_rest(buf, at, got)
+        except OSError as error:
+            raise StorageError.of(error, self.name, f"read at byte {at}") from error
+        except OverflowError as error:
+            raise Truncated(self.name, what="a read", need=at + buf.nbytes, have=self.size) from error
+
+    def _read_rest(self, buf: memoryview, at: int, done: int) -> None:
+        # The kernel moves at most 2 GiB at a time, and network file systems less when they please.
+        view = buf.cast("B")
+        while done < len(view):
+            got = os.preadv(self._fd, (view[done:],), at + done)
+            if got == 0:
+                raise Truncated(self.name, what="a read", need=at + len(view), have=self.size)
+            done += got
+
+    def read(self, at: int, length: int) -> bytes:
+        if at + length > self.size:
+            raise Truncated(self.name, what="a read", need=at + length, have=self.size)
+        try:
+            data = os.pread(self._fd, length, at)
+        except OSError as error:
+            raise StorageError.of(error, self.name, f"read at byte {at}") from error
+        return data if len(data) == length else super().read(at, length)
+
+    def write(self, buf: bytes | bytearray | memoryview, at: int) -> None:
+        if not self.writable:
+            super().write(buf, at)
+        try:
+            with memoryview(buf) as view:
+                done = os.pwrite(self._fd, view, at)
+                if done != view.nbytes:
+                    self._write_rest(view.cast("B"), at, done)
+        except OSError as error:
+            raise StorageError.of(error, self.name, f"write at byte {at}") from error
+        except OverflowError as error:
+            raise self._too_far(f"write at byte {at}") from error
+
+    def _write_rest(self, view: memoryview, at: int, done: int) -> None:
+        while done < len(view):
+            put = os.pwrite(self._fd, view[done:], at + done)
+            if put == 0:
+                raise OSError(errno.EIO, "nothing was written")
+            done += put
+
+    def zero(self, at: int, length: int) -> None:
+        if not self.writable:
+            super().zero(at, length)
+        length = min(length, self.size - at)
+        if not self._fallocate(_ZERO_RANGE, at, length):
+            self._write_zeros(at, length)
+
+    def punch(self, at: int, length: int) -> None:
+        if not self.writable:
+            super().punch(at, length)
+        if not self._fallocate(_PUNCH_HOLE, at, length):
+            self._write_zeros(at, min(length, self.size - at))
+
+    def _fallocate(self, mode: int, at: int, length: int) -> bool:
+        """Whether the kernel did it; False means: write zeros instead.  The size stays."""
+        if length <= 0:
+            return True
+        if at + length > MAX_OFFSET:
+            raise self._too_far("zero")
+        if not self._can[mode]:
+            return False
+        call = _libc_fallocate()
+        while call(self._fd, mode | _KEEP_SIZE, at, length) != 0:
+            number = ctypes.get_errno()
+            if number in _NEVER:
+                self._can[mode] = False
+                return False
+            if number == errno.EINVAL:  # a device wants whole sectors
+                return False
+            if number != errno.EINTR:
+                raise StorageError.of(OSError(number, os.strerror(number)), self.name, f"zero at byte {at}")
+        return True
+
+    def _write_zeros(self, at: int, length: int) -> None:
+        while length > 0:
+            step = min(length, len(_ZEROS))
+            self.write(memoryview(_ZEROS)[:step], at)
+            at += step
+            length -= step
+
+    def truncate(self, size: int) -> None:
+        if not self.writable:
+            super().truncate(size)
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise StorageError.of(error, self.name, f"change the size to {size}") from error
+        except OverflowError as error:
+            raise self._too_far(f"change the size to {size}") from error
+
+    def sync(self) -> None:
+        if not self.writable:
+            super().sync()
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise StorageError.of(error, self.name, "sync") from error
+
+    def advise(self, at: int, length: int) -> None:
+        if length <= 0:  # to the kernel 0 means everything
+            return
+        try:
+            os.posix_fadvise(self._fd, at, length, os.POSIX_FADV_WILLNEED)
+        except (OSError, OverflowError):
+            pass  # a hint; the read will tell what is wrong
+
+    def segments(self, at: int, length: int) -> Iterator[tuple[int, bool]]:
+        stop = at + length
+        while at < stop:
+            found = self._segment(at, stop)
+            if found is None:
+                # Beyond the end, or a file system that can't tell: nothing is known to be zero.
+                yield stop - at, True
+                return
+            yield found
+            at += found[0]
+
+    def _segment(self, at: int, stop: int) -> tuple[int, bool] | None:
+        try:
+            data = os.lseek(self._fd, at, os.SEEK_DATA)
+            if data > at:
+                return min(data, stop) - at, False
+            hole = os.lseek(self._fd, at, os.SEEK_HOLE)
+        except OverflowError:
+            return None
+        except OSError as error:
+            # ENXIO: no data from here to the end, or the end is not even as far as here.
+            here = min(stop, self.size) - at if error.errno == errno.ENXIO else 0
+            return (here, False) if here > 0 else None
+        return (min(hole, stop) - at, True) if hole > at else None
+
+    def lock(self, writable: bool) -> str | None:
+        return locks.acquire(self._fd, self.name, writable)
+
+    def writer(self) -> str | None:
+        return locks.probe(self._fd)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _too_far(self, doing: str) -> StorageError:
+        return StorageError.of(OSError(errno.EFBIG, os.strerror(errno.EFBIG)), self.name, doing)
+
+
+@functools.cache
+def _libc_fallocate() -> Callable[[int, int, int, int], int]:
+    # Python has posix_fallocate alone, which can neither zero nor punch.
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Where off_t may be 32 bits the 64-bit call has a name of its own.
+    call = libc.fallocate64 if hasattr(libc, "fallocate64") else libc.fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    call.restype = ctypes.c_int
+    return cast("Callable[[int, int, int, int], int]", call)
+
+
+@functools.cache
+def raise_file_limit() -> None:
+    """Let this process have as many files open as it may: a split image has hundreds of extents."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass  # as it was; opening will say so if it does not suffice

@@ -1,0 +1,1 @@
+"""Tests of nbd-vmdk, and the builders of the images they read."""
