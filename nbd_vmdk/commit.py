@@ -1,0 +1,262 @@
+"""The only place that orders writes and syncs.
+
+NBD promises that after FLUSH (or with FUA) everything acknowledged before survives a power cut.  Between
+flushes guest data goes straight to the files, while changed grain tables stay in memory.  A commit is
+
+1.  copy      all changed tables are copied in memory: what they name was written before this moment
+2.  announce  the content ID is changed, and uncleanShutdown is set where a table was copied, in place
+3.  sync      guest data, announcement and new, still empty tables become durable
+4.  write     the copies of step 1, each table and its redundant twin
+5.  sync      the tables become durable
+6.  release   the blocks of grains that no durable table names any more go back to the file system
+
+so that no durable table entry ever names a grain whose bytes are not durable (step 1 comes before 3, and 3
+before 4), the unclean flag is durable before the first table change (2, 3, 4), and a child made earlier can
+notice the change before any write of this session counts as durable (2, 3).  Where no table has changed,
+steps 4 to 6 fall away and a flush costs one fdatasync of each file that was written to.
+
+Flushes from all connections share commits: a flush that comes while one is running waits, and then one
+commit serves all that waited, whether it succeeds or fails.  It must be a new one, because the running one
+may have copied the tables before the latecomer's write.
+
+Errors: running out of space in step 4 is retryable, the tables stay dirty and the next flush writes them
+again.  After a failed sync Linux may have dropped the dirty pages, so nothing can be promised any more: the
+error latches, and every later write and flush fails until the image is opened again.  What goes wrong in
+step 6 is only told: all is durable by then, and what was not released is space, no data.
+
+What is not done here: freed grains are not given out again (see alloc.py), and a crash in step 4 may leave a
+table and its twin different; either one is right, as all they name is durable.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nbd_vmdk.errors import Latched, StorageError, VmdkError
+from nbd_vmdk.pages import DirtyPage, Pages
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import KIB, MIB
+
+log = logging.getLogger("nbd_vmdk")
+
+#: Table changes older than this are committed without being asked, which bounds what a crash can lose to
+#: clients that never flush.
+_MAX_AGE = 5.0
+#: Bytes of dirty tables beyond which a writer commits before it goes on (they can't be evicted), for all
+#: extents of the link together; an extent has its share, but at least a few tables.
+MAX_PINNED = 16 * MIB
+_MIN_SHARE = 64 * KIB
+
+
+class Member(Protocol):
+    """What a commit asks of an extent of the writable link."""
+
+    touched: bool
+
+    @property
+    def storage(self) -> Storage:
+        """The file that holds its bytes."""
+
+    @property
+    def tables(self) -> Sequence[Pages]:
+        """All that may hold dirty pages, in the order in which they must be written."""
+
+    def announce(self) -> None:
+        """Write, once, what must be durable before the first table change."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that only a commit gives back."""
+
+    def take_freed(self) -> list[tuple[Storage, int, int]]:
+        """(file, position, length) of what has been freed since the last call."""
+
+
+class _Round:
+    """One commit, past or to come, and what it met; all flushes that it serves hold it."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class Committer:
+    """Makes the writes to one link durable, in the right order, once for all who ask."""
+
+    def __init__(self, members: Sequence[Member], announce: Callable[[], Storage | None]) -> None:
+        """``announce`` changes the link's content ID, once, and returns the file that holds it."""
+        self._members = members
+        self._announce = announce
+        self._share = max(MAX_PINNED // max(len(members), 1), _MIN_SHARE)
+        self._freed: list[tuple[Storage, int, int]] = []  # not yet safe to release
+        self._described = False  # the content ID is changed, durably
+        self._condition = threading.Condition()
+        self._next = _Round()  # what a flush that comes now is served by
+        self._running = False
+        self._full = False  # a member holds more than its share
+        self._latched: VmdkError | None = None
+        self._timer: threading.Timer | None = None
+        self._closed = False
+
+    def check(self) -> None:
+        """Raise Latched if an earlier sync failed."""
+        if self._latched is not None:
+            raise Latched(self._latched.file, first=self._latched.message)
+
+    def admit(self) -> None:
+        """Let a write begin, after a commit if too much is held; raises what keeps it from being durable."""
+        self.check()
+        if self._full:
+            self.flush()
+
+    def wrote(self, member: Member) -> None:
+        """Note that ``member`` was written to: before long it is committed."""
+        if member.held > self._share:
+            self._full = True
+        if self._timer is None:
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        with self._condition:
+            if self._timer is None and not self._closed:
+                self._timer = threading.Timer(_MAX_AGE, self._on_timer)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        try:
+            self.flush()
+        except VmdkError as error:
+            # Nobody waits for this commit; whoever flushes next meets the error himself.
+            log.warning("%s", error)
+            if self._latched is None:
+                self._start_timer()
+
+    @property
+    def pending(self) -> bool:
+        """Something was written that no commit has made durable yet."""
+        return any(member.touched or any(pages.dirty for pages in member.tables) for member in self._members)
+
+    def flush(self) -> None:
+        """Return when all writes that ended before this call are durable; raise what went wrong."""
+        self.check()
+        with self._condition:
+            mine = self._next
+            while self._running and not mine.done:
+                self._condition.wait()
+            if mine.done:
+                if mine.error is not None:
+                    raise mine.error
+                return
+            self._running, self._next = True, _Round()
+        try:
+            self._commit()
+        except BaseException as error:
+            mine.error = error
+            raise
+        finally:
+            with self._condition:
+                self._running, mine.done = False, True
+                self._condition.notify_all()
+
+    def _commit(self) -> None:
+        self.check()
+        if not self.pending:
+            return
+        # 1. copy; freed grains are listed first, so that each one's entry is among the copies
+        for member in self._members:
+            self._freed += member.take_freed()
+        releasing = len(self._freed)
+        taken: list[tuple[Pages, list[DirtyPage]]] = []
+        durable = self._full = False
+        try:
+            for member in self._members:
+                if self._take(member, taken):
+                    # 2. announce
+                    member.announce()
+            # 3. sync
+            self._sync_data()
+            # 4. write
+            written = [self._write_tables(pages, dirty) for pages, dirty in taken]
+            # 5. sync
+            self._sync(written)
+            durable = True
+        finally:
+            for pages, dirty in taken:
+                pages.settle(dirty, durable=durable)
+            if not durable:
+                self._full = any(member.held > self._share for member in self._members)
+        # 6. release
+        for storage, at, length in _joined(self._freed[:releasing]):
+            try:
+                storage.punch(at, length)
+            except StorageError as error:
+                log.warning("%s (the space of a grain is not given back)", error)
+        del self._freed[:releasing]
+
+    def _take(self, member: Member, taken: list[tuple[Pages, list[DirtyPage]]]) -> bool:
+        """Put copies of a member's changed tables into ``taken``; tell whether there are any."""
+        found = False
+        for pages in member.tables:
+            if pages.dirty:
+                # Listed before it is filled: what is copied when an error comes must be settled too.
+                dirty: list[DirtyPage] = []
+                taken.append((pages, dirty))
+                pages.take_dirty(dirty)
+                found = found or bool(dirty)
+        return found
+
+    def _sync_data(self) -> None:
+        """Make durable what was written to the members, and the new content ID with the first of it."""
+        described_in = None if self._described else self._announce()
+        touched = [member for member in self._members if member.touched]
+        for member in touched:
+            member.touched = False  # before the sync: a write during it sets it again
+        try:
+            self._sync([described_in, *(member.storage for member in touched)])
+        except BaseException:
+            for member in touched:
+                member.touched = True
+            raise
+        self._described = True
+
+    def _write_tables(self, pages: Pages, dirty: list[DirtyPage]) -> Storage:
+        storage = pages.storage
+        for page in dirty:
+            for at in page.places:
+                storage.write(page.data, at)
+        return storage
+
+    def _sync(self, storages: Sequence[Storage | None]) -> None:
+        for storage in dict.fromkeys(storages):
+            if storage is None:
+                continue
+            try:
+                storage.sync()
+            except StorageError as error:
+                self._latched = error
+                raise
+
+    def close(self) -> None:
+        """Stop committing by time; the owner has flushed."""
+        with self._condition:
+            self._closed = True
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
+
+def _joined(ranges: list[tuple[Storage, int, int]]) -> list[tuple[Storage, int, int]]:
+    """The same ranges, in the order of the file, those that touch as one."""
+    joined: list[tuple[Storage, int, int]] = []
+    for storage, at, length in sorted(ranges, key=lambda entry: (id(entry[0]), entry[1])):
+        if joined and joined[-1][0] is storage and joined[-1][1] + joined[-1][2] == at:
+            joined[-1] = storage, joined[-1][1], joined[-1][2] + length
+        else:
+            joined.append((storage, at, length))
+    return joined

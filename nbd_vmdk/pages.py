@@ -1,0 +1,168 @@
+"""Grain directories and tables in memory: loaded on first touch, pinned while dirty, written at commit.
+
+A `Pages` is an array of fixed-width integers that lies on disk in equal pages: the grain tables of an
+extent are one (a page is a table), its grain directory is another.  Clean pages live in the shared cache and
+may vanish at any time; a page that somebody changes is pinned until a commit has made it durable.
+
+Locking: `lock(page)` serialises loading a page with changing it.  A load holds it from reading the disk to
+putting the page into the cache, so a stale copy can never overtake a change.  Whoever changes a page holds
+it too.  Looking up a page that is pinned or cached takes no lock.
+"""
+
+import functools
+import sys
+import threading
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.storage.base import Storage
+
+_BIG_ENDIAN = sys.byteorder == "big"
+_STRIPES = 16
+_TYPECODES = {4: "I", 8: "Q"}
+#: What a pinned page costs beside its bytes, roughly: dict and set entries, the array's head.
+_OVERHEAD = 250
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyPage:
+    """A page as it was when a commit began, and where its copies go."""
+
+    page: int
+    data: bytes
+    places: tuple[int, ...]
+
+
+@functools.cache
+def _zeros(typecode: str, count: int) -> tuple["array[int]", bytes]:
+    """A page of zeros and its bytes, which all `Pages` of a shape share: a split disk has thousands."""
+    zeros = array(typecode, [0]) * count
+    return zeros, zeros.tobytes()
+
+
+class Pages:
+    """Integers on disk, in pages.
+
+    ``locate(page)`` gives the byte positions of a page's copies, the first one being read, or None where
+    the page does not exist.  ``width`` is the size of an integer in bytes, ``per_page`` how many a page
+    holds, ``total`` how many there are in all (the last page may be short).
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        cache: Cache,
+        *,
+        width: int,
+        per_page: int,
+        total: int,
+        locate: Callable[[int], tuple[int, ...] | None],
+    ) -> None:
+        self.storage = storage
+        self.cache = cache
+        self.key = cache.namespace()
+        self.per_page = per_page
+        self._total = total
+        self._width = width
+        self._typecode = _TYPECODES[width]
+        self._locate = locate
+        #: Pages that differ from the disk, or are being written there.
+        self.pinned: dict[int, array[int]] = {}
+        self._dirty: set[int] = set()
+        self._locks = tuple(threading.Lock() for _ in range(_STRIPES))
+        #: Stands for every page of zeros, so that an empty disk costs no memory.
+        self.empty, self._zeros = _zeros(self._typecode, per_page)
+
+    def lock(self, page: int) -> threading.Lock:
+        """The lock to hold while a page is changed."""
+        return self._locks[page % _STRIPES]
+
+    def get(self, page: int) -> "array[int] | None":
+        """The page for looking up, or None if it does not exist."""
+        found = self.pinned.get(page) or self.cache.get(self.key + page)
+        if found is None:
+            with self.lock(page):
+                return self.load(page)
+        assert isinstance(found, array)
+        return found
+
+    def load(self, page: int) -> "array[int] | None":
+        """Find or read a page for looking at it; the caller holds its lock."""
+        found = self.pinned.get(page) or self.cache.get(self.key + page)
+        if found is not None:
+            assert isinstance(found, array)
+            return found
+        places = self._locate(page)
+        if places is None:
+            return None
+        count = min(self.per_page, self._total - page * self.per_page)
+        raw = self.storage.read(places[0], count * self._width)
+        if raw == self._zeros:
+            self.cache.put(self.key + page, self.empty, shared=True)
+            return self.empty
+        table = array(self._typecode, raw)
+        if _BIG_ENDIAN:
+            table.byteswap()
+        self.cache.put(self.key + page, table)
+        return table
+
+    def pin(self, page: int) -> "array[int]":
+        """The page, which exists, for changing it; the caller holds its lock and marks it dirty."""
+        table = self.pinned.get(page)
+        if table is None:
+            table = self.load(page)
+            assert table is not None, "only a page that exists is pinned"
+            if table is self.empty:
+                table = array(self._typecode, table)
+            self.pinned[page] = table
+            self.cache.drop(self.key + page)
+        return table
+
+    def create(self, page: int) -> "array[int]":
+        """Pin a page of zeros that has just been given a place; the caller holds its lock."""
+        table = array(self._typecode, self.empty)
+        self.pinned[page] = table
+        self._dirty.add(page)
+        return table
+
+    def mark_dirty(self, page: int) -> None:
+        """Say that a pinned page has changed; the caller holds its lock."""
+        self._dirty.add(page)
+
+    @property
+    def dirty(self) -> bool:
+        """Some page has changes that no commit has taken yet."""
+        return bool(self._dirty)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory that the shared cache can't take back."""
+        return len(self.pinned) * (self.per_page * self._width + _OVERHEAD)
+
+    def take_dirty(self, taken: list[DirtyPage]) -> None:
+        """Copy all changed pages to ``taken`` for a commit; later changes make them dirty again.
+
+        If that raises (a directory can't be read any more), the pages not in ``taken`` are dirty still.
+        """
+        for page in sorted(self._dirty.copy()):
+            with self.lock(page):
+                table = self.pinned[page]
+                if _BIG_ENDIAN:
+                    table = array(self._typecode, table)
+                    table.byteswap()
+                places = self._locate(page)
+                assert places is not None, "a dirty page has a place"
+                taken.append(DirtyPage(page, table.tobytes(), places))
+                self._dirty.discard(page)
+
+    def settle(self, taken: list[DirtyPage], *, durable: bool) -> None:
+        """End a commit: pages that are now durable are unpinned, otherwise they are dirty again."""
+        for dirty in taken:
+            with self.lock(dirty.page):
+                if not durable:
+                    self._dirty.add(dirty.page)
+                elif dirty.page not in self._dirty:
+                    self.cache.put(self.key + dirty.page, self.pinned[dirty.page])
+                    del self.pinned[dirty.page]
