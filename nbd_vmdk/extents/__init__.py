@@ -1,0 +1,1 @@
+"""The kinds of extent, one module each."""

@@ -1,0 +1,95 @@
+"""The contract of an extent, on one screen: an extent maps, it does not read.
+
+A link is a row of extents; a chain is a row of links.  All of them are asked one question, "what backs the
+bytes from here on?", and answer with a mapping; reading, block status, ``map`` and checking are loops over
+the answers (see disk.py), so they cannot disagree.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from typing import ClassVar, Protocol
+
+from nbd_vmdk.storage.base import Storage
+
+
+class Kind(IntEnum):
+    """What backs a range of guest bytes."""
+
+    HOLE = 0  #: nothing here: the parent's bytes, or zeros if there is no parent
+    ZERO = 1  #: zeros, whatever the parent has
+    DATA = 2  #: bytes of a file, as they are
+    PACKED = 3  #: bytes that must be inflated
+    LOST = 4  #: bytes that can't be read: a read fails with EIO
+
+
+class Source(Protocol):
+    """Where the bytes of a DATA, PACKED or LOST range come from: a storage, or what stands before it."""
+
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+
+    def read_into(self, buf: memoryview, at: int) -> None:
+        """Fill ``buf`` from ``at``, in the source's own counting, or raise."""
+
+
+#: (kind, length, source, at): the first ``length`` bytes of the range that was asked about are backed by
+#: ``source`` from ``at`` on.  Source is None for HOLE and ZERO.  A plain tuple, because one is made for
+#: every request.
+Mapping = tuple[Kind, int, Source | None, int]
+
+#: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
+Below = Callable[[memoryview, int], None]
+
+
+class Extent(ABC):
+    """A run of guest bytes backed by one file, or by nothing.
+
+    Offsets are in bytes from the extent's own start, and callers stay inside ``size``.  Any number of
+    threads may call at once.  ``storage`` is None where there is no file.
+    """
+
+    type_word: ClassVar[str]  #: what a descriptor calls the kind
+    storage: Storage | None = None
+    size: int
+    grain: int = 0  #: bytes of the allocation unit, 0 if there is none
+    writable: bool = False
+    #: Set by every write, cleared by the commit that makes it durable (see commit.py).
+    touched: bool = False
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> Mapping:
+        """What backs the bytes at ``offset``: the first piece, at most ``length`` long, cheap to find."""
+
+    def runs(self, offset: int, length: int) -> Iterator[Mapping]:
+        """What backs the whole range, in as much detail as the file system can tell."""
+        end = offset + length
+        while offset < end:
+            mapping = self.map(offset, end - offset)
+            yield mapping
+            offset += mapping[1]
+
+    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
+        raise NotImplementedError  # only called where `writable` is set
+
+    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
+        """Make a range read as zeros; ``may_trim`` allows giving its space back."""
+        raise NotImplementedError
+
+    def must_write_zeros(self, offset: int, length: int, below: Below | None) -> bool:
+        """Tell whether some of a range could only be zeroed by writing zeros.
+
+        Once False this stays so: other threads can't make it True.
+        """
+        return False
+
+    def trim(self, offset: int, length: int, below: Below | None) -> None:
+        """Give the space of a range back where that is possible; what it reads as is then undefined."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.storage is not None:
+            self.storage.close()

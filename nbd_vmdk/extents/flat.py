@@ -1,0 +1,97 @@
+"""Extents without tables: FLAT and VMFS (a piece of a file or device), ZERO, and what can't be read."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from nbd_vmdk.errors import Unreadable
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
+from nbd_vmdk.pages import Pages
+from nbd_vmdk.storage.base import Storage
+
+
+class FlatExtent(Extent):
+    """Guest bytes that lie in a file one after the other, from byte ``start`` on."""
+
+    type_word = "FLAT"
+    storage: Storage
+    #: Nothing but data is ever dirty here; see commit.Member.
+    tables: ClassVar[Sequence[Pages]] = ()
+    held: ClassVar[int] = 0
+
+    def __init__(self, storage: Storage, *, start: int, size: int) -> None:
+        self.storage = storage
+        self.start = start
+        self.size = size
+        self.writable = storage.writable
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """See Extent: always data, without asking the file system."""
+        return Kind.DATA, length, self.storage, self.start + offset
+
+    def runs(self, offset: int, length: int) -> Iterator[Mapping]:
+        """See Extent: holes of the file are told as zeros."""
+        at = self.start + offset
+        for count, is_data in self.storage.segments(at, length):
+            yield (Kind.DATA, count, self.storage, at) if is_data else (Kind.ZERO, count, None, 0)
+            at += count
+
+    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        """See Extent."""
+        self.storage.write(buf, self.start + offset)
+        self.touched = True
+
+    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
+        """See Extent."""
+        (self.storage.punch if may_trim else self.storage.zero)(self.start + offset, length)
+        self.touched = True
+
+    def trim(self, offset: int, length: int, below: Below | None) -> None:
+        """See Extent."""
+        self.storage.punch(self.start + offset, length)
+        self.touched = True
+
+    def announce(self) -> None:
+        """See commit.Member: a flat file has no flag to set."""
+
+    def take_freed(self) -> list[tuple[Storage, int, int]]:
+        """See commit.Member: nothing is ever freed."""
+        return []
+
+
+class ZeroExtent(Extent):
+    """Zeros without a file.  Zeroing and trimming succeed, writing is refused by the link."""
+
+    type_word = "ZERO"
+
+    def __init__(self, *, size: int) -> None:
+        self.size = size
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """See Extent."""
+        return Kind.ZERO, length, None, 0
+
+
+class LostExtent(Extent):
+    """Guest bytes that exist and can't be had: access NOACCESS, for one."""
+
+    type_word = "NOACCESS"
+
+    def __init__(self, name: str, *, size: int, why: str) -> None:
+        self.size = size
+        self._source = LostSource(name, why)
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """See Extent."""
+        return Kind.LOST, length, self._source, offset
+
+
+class LostSource:
+    """A source whose every read fails; ``at`` counts guest bytes from the extent's start."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self._why = why
+
+    def read_into(self, buf: memoryview, at: int) -> None:
+        """Raise Unreadable."""
+        raise Unreadable(self.name, offset=at, length=len(buf), why=self._why)

@@ -1,0 +1,181 @@
+"""Hosted sparse extents (KDMV, uncompressed): VMware Workstation, VirtualBox and QEMU."""
+
+import logging
+import threading
+
+from nbd_vmdk.alloc import Allocator
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.errors import Truncated
+from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.extents.sparse import WritableSparseExtent
+from nbd_vmdk.extents.tables import GrainTables
+from nbd_vmdk.ondisk.hosted import MAX_GRAIN_AT, UNCLEAN_AT, HostedHeader, check_directory
+from nbd_vmdk.pages import Pages
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import SECTOR, align_up
+
+log = logging.getLogger("nbd_vmdk")
+
+_ZERO_GRAIN = 1
+
+
+class HostedTables(GrainTables):
+    """Where the directory, its redundant twin and the tables of a hosted extent lie.
+
+    The first directory is the one that is read.  If an entry of it is missing or can't be right and the
+    twin's can, the twin's table is taken: that is what the twin is for.
+    """
+
+    def __init__(self, storage: Storage, header: HostedHeader, cache: Cache) -> None:
+        check_directory(header, storage.size, storage.name)
+        super().__init__(
+            storage,
+            cache,
+            width=4,
+            entries_per_table=header.entries_per_table,
+            directory_entries=header.directory_entries,
+            directory_at=header.directory_at,
+            step=header.entries_per_table * 4 // SECTOR,
+        )
+        self.redundant = None if header.redundant_at is None else self._directory_pages(header.redundant_at)
+        self._forbidden = _metadata_ranges(header, storage.size)
+
+    def _is_table(self, sector: int) -> bool:
+        begin, end = sector * SECTOR, sector * SECTOR + self._length
+        return end <= self.storage.size and all(
+            end <= first or begin >= last for first, last in self._forbidden
+        )
+
+    def places(self, number: int) -> tuple[int, ...] | None:
+        """See GrainTables."""
+        sector = self.entry(self.directory, number)
+        twin = 0 if self.redundant is None else self.entry(self.redundant, number)
+        places = tuple(entry * SECTOR for entry in (sector, twin) if entry and self._is_table(entry))
+        if not places:
+            if not sector:
+                return None
+            raise self.bad_entry(number, sector)
+        if places[0] != sector * SECTOR:
+            log.warning(
+                "%s: grain directory entry %d is damaged, its redundant twin is used",
+                self.storage.name,
+                number,
+            )
+        return places
+
+    def _missing(self, number: int, count: int) -> int:
+        """See GrainTables: a table that the twin knows is not missing, its entry is."""
+        if self.redundant is None:
+            return count
+        page, slot = divmod(number, self.redundant.per_page)
+        entries = self.redundant.get(page)
+        assert entries is not None, "a directory has all its pages"
+        return next((i for i, entry in enumerate(entries[slot : slot + count]) if entry), count)
+
+    def reserve(self, number: int, allocator: Allocator) -> list[int]:
+        """Byte positions for a missing table and its twin, zeros at the end of the file.
+
+        All that can fail comes before the first change: a table without its twin is damage to some readers.
+        """
+        directories = self._directories()
+        for directory in directories:
+            directory.get(number // directory.per_page)
+        return [allocator.take_table(self._length) for _ in directories]
+
+    def enter(self, number: int, places: list[int]) -> None:
+        """Enter a table and its twin in their directories."""
+        page, slot = divmod(number, self.directory.per_page)
+        for directory, at in zip(self._directories(), places, strict=True):
+            with directory.lock(page):
+                directory.pin(page)[slot] = at // SECTOR
+                directory.mark_dirty(page)
+
+    def _directories(self) -> list[Pages]:
+        return [pages for pages in (self.directory, self.redundant) if pages is not None]
+
+
+def _metadata_ranges(header: HostedHeader, file_size: int) -> list[tuple[int, int]]:
+    """What no grain table may overlap: header, descriptor, directories; tables made later lie behind them."""
+    size = align_up(header.directory_entries * 4, SECTOR)
+    ranges = [(0, SECTOR), (header.directory_at, header.directory_at + size)]
+    if header.redundant_at is not None:
+        ranges.append((header.redundant_at, header.redundant_at + size))
+    if header.descriptor_sector:
+        begin = header.descriptor_sector * SECTOR
+        ranges.append((begin, min(begin + header.descriptor_sectors * SECTOR, file_size)))
+    return ranges
+
+
+class HostedExtent(WritableSparseExtent):
+    """A hosted sparse extent, written in place if its file is open for writing."""
+
+    type_word = "SPARSE"
+
+    def __init__(self, storage: Storage, header: HostedHeader, cache: Cache, *, size: int) -> None:
+        self.header = header
+        self._places = HostedTables(storage, header, cache)
+        super().__init__(
+            storage,
+            size=size,
+            grain=header.grain,
+            tables=self._places.tables,
+            empty_from=self._places.empty_from,
+            # Nothing below the overhead is a grain; entries 0 and 1 have meanings of their own.
+            lowest=max(header.overhead_sectors, 2),
+            step=header.grain_sectors,
+        )
+        if header.zeroed_grains:
+            self.zero_entry = _ZERO_GRAIN
+        self._warned = False
+        self._announced = False
+        self._announce_lock = threading.Lock()
+        if storage.writable:
+            directories = (self._places.directory, self._places.redundant)
+            self.enable_writing(
+                Allocator(storage, header.grain, MAX_GRAIN_AT), [pages for pages in directories if pages]
+            )
+
+    def _decode(self, entry: int, index: int) -> tuple[Kind, int]:
+        if entry == 0:
+            return Kind.HOLE, 0
+        if entry == _ZERO_GRAIN:
+            if not self.header.zeroed_grains and not self._warned:
+                self._warned = True
+                # QEMU would show the descriptor here; every other reader takes it for zeros.
+                log.warning("%s: zeroed grains in a file that does not declare them", self.storage.name)
+            return Kind.ZERO, 0
+        raise self._bad_entry(entry, index, "points into the extent's own tables")
+
+    def _create_table(self, number: int) -> None:
+        places = self._places.reserve(number, self._allocator)
+        self.touched = True  # the file is longer, which must be durable before a directory names the place
+        self._places.enter(number, places)
+
+    def announce(self) -> None:
+        """Set uncleanShutdown; see commit.Member."""
+        with self._announce_lock:
+            if not self._announced:
+                self.storage.write(b"\x01", UNCLEAN_AT)
+                self.touched = self._announced = True
+
+    def finish(self) -> None:
+        """End a session of writing, after its last commit: cut the tail, clear uncleanShutdown.
+
+        A flag that an earlier crash left is not ours to clear.
+        """
+        self._allocator.trim_tail()
+        with self._announce_lock:
+            if self._announced and not self.header.unclean:
+                self.storage.write(b"\x00", UNCLEAN_AT)
+                self.storage.sync()
+                self._announced = False
+
+
+def check_grain_area(header: HostedHeader, storage: Storage) -> None:
+    """Refuse a file that ends before its first grain could begin (a download that broke off).
+
+    Raises Truncated.
+    """
+    need = header.overhead_sectors * SECTOR
+    if storage.size < need:
+        raise Truncated(storage.name, what="its tables", need=need, have=storage.size)

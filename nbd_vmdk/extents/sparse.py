@@ -1,0 +1,331 @@
+"""What hosted sparse, COWD and seSparse extents share: mapping and writing through grain tables.
+
+The kinds differ in their headers, in the width and coding of a table entry and in where a table lies.
+That is what the subclasses hold; lookups, coalescing of neighbouring grains and copy-on-write are here, once.
+
+Threads: mapping takes no lock.  Whoever changes a table entry holds the lock of its table from looking at
+it until the entry is set, so two writers of one new grain are serialised; the entry is set after the
+grain's bytes are in the file, so a reader sees the old state or the new one, never a grain half filled.
+
+What is not done here: an entry is set in memory only; commit.py brings it to disk.
+"""
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+
+from nbd_vmdk.alloc import Allocator
+from nbd_vmdk.errors import BadField, FormatError
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
+from nbd_vmdk.extents.flat import LostSource
+from nbd_vmdk.pages import Pages
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import MIB, SECTOR
+
+#: Copy-on-write of grains larger than this goes piece by piece.
+_PIECE = MIB
+#: Memory that a freed grain occupies until its blocks are given back, roughly.
+_FREED_COST = 160
+
+
+class SparseExtent(Extent):
+    """An extent whose grains are found through a directory and tables.
+
+    ``lowest`` is the smallest entry that is simply the sector of a grain; what is below, or every entry
+    where sectors are coded otherwise, goes through :meth:`_decode`.  ``step`` added to an entry gives that of
+    the next grain in the file.
+    """
+
+    storage: Storage
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        size: int,
+        grain: int,
+        tables: Pages,
+        empty_from: Callable[[int, int], int],
+        lowest: int,
+        step: int,
+    ) -> None:
+        """``empty_from(number, limit)`` counts tables that hold nothing, see GrainTables."""
+        self.storage = storage
+        self.size = size
+        self.grain = grain
+        self._tables = tables
+        self._empty_from = empty_from
+        self._cache = tables.cache
+        self._key = tables.key
+        self._pinned = tables.pinned
+        self._entries = tables.per_page
+        self._lowest = lowest
+        self._step = step
+
+    @abstractmethod
+    def _decode(self, entry: int, index: int) -> tuple[Kind, int]:
+        """Kind and byte position that an entry stands for; ``index`` is the grain's, for messages."""
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """See Extent; a mapping never crosses a grain table's edge."""
+        grain = self.grain
+        index = offset // grain
+        within = offset - index * grain
+        number = index // self._entries
+        slot = index - number * self._entries
+        table = self._pinned.get(number) or self._cache.young.get(self._key + number)
+        if table is None:
+            table = self._tables.get(number)
+            if table is None:
+                return Kind.HOLE, min((number + 1) * self._entries * grain - offset, length), None, 0
+        entry = table[slot]
+        if entry >= self._lowest:
+            kind, at = Kind.DATA, entry * SECTOR
+        else:
+            kind, at = self._decode(entry, index)
+        room = grain - within
+        if length > room:
+            length = min(length, room + self._following(table, slot, entry, kind, length - room))
+        if kind is Kind.DATA:
+            return kind, length, self.storage, at + within
+        return kind, length, None, 0
+
+    def _following(
+        self, table: "array[int] | bytes | bytearray", slot: int, entry: int, kind: Kind, length: int
+    ) -> int:
+        """Bytes behind a grain, up to ``length``, whose entries go on in the same way."""
+        first = slot + 1
+        last = min(self._entries, first - (-length // self.grain))
+        if table is self._tables.empty:
+            return (last - first) * self.grain
+        step = self._step if kind is Kind.DATA else 0
+        slot = first
+        while slot < last and table[slot] == (entry := entry + step):
+            slot += 1
+        return (slot - first) * self.grain
+
+    def runs(self, offset: int, length: int) -> Iterator[Mapping]:
+        """See Extent; tables that hold nothing are passed over in bulk, what can't be looked up is lost."""
+        coverage = self._entries * self.grain
+        end = offset + length
+        while offset < end:
+            try:
+                mapping = self.map(offset, end - offset)
+            except FormatError as error:
+                mapping = self._lost_part(offset, end - offset, error)
+            offset += mapping[1]
+            if mapping[0] is Kind.HOLE and offset % coverage == 0 and end - offset >= coverage:
+                empty = self._empty_from(offset // coverage, (end - offset) // coverage) * coverage
+                mapping = Kind.HOLE, mapping[1] + empty, None, 0
+                offset += empty
+            yield mapping
+
+    def _lost_part(self, offset: int, length: int, error: FormatError) -> Mapping:
+        """What can't be looked up from ``offset`` on: a grain by its entry, or all that a table maps."""
+        number, slot = divmod(offset // self.grain, self._entries)
+        try:
+            self._tables.get(number)
+            slot += 1
+        except FormatError:
+            slot = self._entries
+        length = min((number * self._entries + slot) * self.grain - offset, length)
+        return Kind.LOST, length, LostSource(self.storage.name, error.message), offset
+
+    def _bad_entry(self, entry: int, index: int, why: str) -> BadField:
+        return BadField(
+            self.storage.name, field=f"the table entry of grain {index}", value=f"{entry:#x}", why=why
+        )
+
+
+class WritableSparseExtent(SparseExtent):
+    """A sparse extent whose tables may be changed: the writing half, for kinds with 32-bit entries.
+
+    A subclass provides the tables' creation (:meth:`_create_table`) and says in ``zero_entry`` how a grain
+    of zeros that hides the parent is written, None if it can't be.
+    """
+
+    zero_entry: int | None = None
+
+    def enable_writing(self, allocator: Allocator, directories: Sequence[Pages]) -> None:
+        """Make the extent writable; ``directories`` are committed after the tables."""
+        self._allocator = allocator
+        self.tables: tuple[Pages, ...] = (self._tables, *directories)
+        self._freed: list[tuple[Storage, int, int]] = []
+        self.writable = True
+
+    @abstractmethod
+    def _create_table(self, number: int) -> None:
+        """Give table ``number``, which does not exist, a place; its lock is held by the caller."""
+
+    @property
+    def held(self) -> int:
+        """See commit.Member."""
+        return sum(pages.pinned_bytes for pages in self.tables) + len(self._freed) * _FREED_COST
+
+    def take_freed(self) -> list[tuple[Storage, int, int]]:
+        """See commit.Member."""
+        freed = self._freed
+        taken = freed[:]
+        del freed[: len(taken)]
+        return taken
+
+    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        """See Extent."""
+        length = len(buf)
+        done = 0
+        while done < length:
+            kind, count, _source, at = self.map(offset + done, length - done)
+            if kind is Kind.DATA:
+                if at + count > self._allocator.end:
+                    # The file was cut off. Writing there would make it longer behind the allocator's back.
+                    index = (offset + done) // self.grain
+                    raise self._bad_entry(at // SECTOR, index, "points beyond the end of the file")
+                self.storage.write(buf[done : done + count], at)
+                self.touched = True
+            else:
+                count = self._fill(buf[done : done + count], offset + done, below)
+            done += count
+
+    def _fill(self, buf: memoryview, offset: int, below: Below | None) -> int:
+        """Write to grains without space, all in one table; how many bytes, 0 if another writer came first."""
+        grain = self.grain
+        index = offset // grain
+        within = offset - index * grain
+        number, slot = divmod(index, self._entries)
+        with self._tables.lock(number):
+            table = self._table_for_change(number)
+            kind, _at = self._decode_slot(table, slot, index)
+            if kind is Kind.DATA:
+                return 0
+            if within or len(buf) < grain:
+                count, grains = min(grain - within, len(buf)), 1
+                at = self._allocator.take_grains(1)
+                self._write_partial(buf[:count], within, at, index, below if kind is Kind.HOLE else None)
+            else:
+                grains = 1
+                while (grains + 1) * grain <= len(buf) and self._decode_slot(
+                    table, slot + grains, index + grains
+                )[0] is not Kind.DATA:
+                    grains += 1
+                count = grains * grain
+                at = self._allocator.take_grains(grains)
+                self.storage.write(buf[:count], at)
+            self.touched = True
+            table = self._tables.pin(number)
+            for i in range(grains):
+                table[slot + i] = (at + i * grain) // SECTOR
+            self._tables.mark_dirty(number)
+        return count
+
+    def _table_for_change(self, number: int) -> "array[int]":
+        """The table to look at before changing it, made if it does not exist; its lock is held."""
+        table = self._tables.load(number)
+        if table is None:
+            self._create_table(number)
+            table = self._tables.create(number)
+        return table
+
+    def _decode_slot(self, table: "array[int]", slot: int, index: int) -> tuple[Kind, int]:
+        entry = table[slot]
+        return (Kind.DATA, entry * SECTOR) if entry >= self._lowest else self._decode(entry, index)
+
+    def _write_partial(self, buf: memoryview, within: int, at: int, index: int, below: Below | None) -> None:
+        """Fill a new grain: ``buf`` at ``within``, the rest from below; new space is zeros already."""
+        start = index * self.grain
+        end = within + len(buf)
+        # The last grain may reach past the extent's end; what is there stays zeros.
+        stop = min(self.grain, self.size - start)
+        if below is None:
+            self.storage.write(buf, at + within)
+        elif self.grain <= _PIECE:
+            whole = memoryview(bytearray(stop))
+            if within:
+                below(whole[:within], start)
+            whole[within:end] = buf
+            if end < stop:
+                below(whole[end:], start + end)
+            self.storage.write(whole, at)
+        else:
+            self._copy_below(below, start, at, 0, within)
+            self.storage.write(buf, at + within)
+            self._copy_below(below, start, at, end, stop)
+
+    def _copy_below(self, below: Below, start: int, at: int, first: int, last: int) -> None:
+        for begin in range(first, last, _PIECE):
+            piece = bytearray(min(_PIECE, last - begin))
+            below(memoryview(piece), start + begin)
+            if piece.count(0) != len(piece):
+                self.storage.write(piece, at + begin)
+
+    def must_write_zeros(self, offset: int, length: int, below: Below | None) -> bool:
+        """See Extent."""
+        return any(self._needs_writing(*piece, below) for piece in self._pieces(offset, length, below))
+
+    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
+        """See Extent.
+
+        Whole grains lose their space if they may and if an entry can say "zeros" here; a grain that keeps its
+        space is zeroed in the file, which file systems do without writing.  Only a grain that must be
+        made to hide the parent costs data writes.
+        """
+        for start, count in self._pieces(offset, length, below):
+            if not self._zero_piece(start, count, below, may_trim=may_trim):
+                for begin in range(start, start + count, _PIECE):
+                    self.write(memoryview(bytes(min(_PIECE, start + count - begin))), begin, below)
+
+    def trim(self, offset: int, length: int, below: Below | None) -> None:
+        """See Extent.
+
+        Whole grains lose their space if an entry can say "zeros" here; else a grain stays and the blocks
+        inside go back to the file system.  Over the parent's bytes that no entry can hide, nothing happens.
+        """
+        for start, count in self._pieces(offset, length, below):
+            self._zero_piece(start, count, below, may_trim=True)
+
+    def _pieces(self, offset: int, length: int, below: Below | None) -> Iterator[tuple[int, int]]:
+        """Split a range at grain edges, passing over what reads as zeros already."""
+        end = offset + length
+        while offset < end:
+            kind, count, _source, _at = self.map(offset, end - offset)
+            stop = offset + count
+            if kind is Kind.ZERO or (kind is Kind.HOLE and below is None):
+                offset = stop
+            while offset < stop:
+                edge = min(stop, (offset // self.grain + 1) * self.grain)
+                yield offset, edge - offset
+                offset = edge
+
+    def _is_whole(self, offset: int, length: int) -> bool:
+        return offset % self.grain == 0 and (length == self.grain or offset + length == self.size)
+
+    def _needs_writing(self, offset: int, length: int, below: Below | None) -> bool:
+        """Zeroing this part of a grain means writing zeros: the parent shows and no entry can hide it."""
+        if self.map(offset, length)[0] is not Kind.HOLE or below is None:
+            return False
+        return self.zero_entry is None or not self._is_whole(offset, length)
+
+    def _zero_piece(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Zero a part of one grain without writing data; False where that can't be."""
+        index = offset // self.grain
+        number, slot = divmod(index, self._entries)
+        entry = self.zero_entry if below is not None else 0
+        if not self._is_whole(offset, length):
+            entry = None
+        with self._tables.lock(number):
+            table = self._tables.load(number)
+            kind, at = (Kind.HOLE, 0) if table is None else self._decode_slot(table, slot, index)
+            if kind is Kind.ZERO or (kind is Kind.HOLE and below is None):
+                return True
+            if kind is Kind.DATA and (entry is None or not may_trim):
+                place = at + offset % self.grain
+                (self.storage.punch if may_trim else self.storage.zero)(place, length)
+                self.touched = True
+                return True
+            if entry is None:
+                return False
+            self._table_for_change(number)
+            self._tables.pin(number)[slot] = entry
+            self._tables.mark_dirty(number)
+            if kind is Kind.DATA:
+                self._freed.append((self.storage, at, self.grain))
+            return True

@@ -1,0 +1,284 @@
+"""streamOptimized extents: compressed grains, read through the tables or, for salvage, by their markers.
+
+A compressed grain can't be overwritten in place, so the extent is read only.  A mapping of kind PACKED
+names the inflater as its source and counts in the extent's own bytes, so the read loop treats packed data
+as any other.
+"""
+
+import struct
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, Protocol
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.codec import CorruptGrain, inflate
+from nbd_vmdk.errors import BadField, FormatError, Truncated, Unreadable, Unsupported
+from nbd_vmdk.extents.base import Kind, Mapping
+from nbd_vmdk.extents.hosted import HostedTables
+from nbd_vmdk.extents.sparse import SparseExtent
+from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
+from nbd_vmdk.ondisk.stream import FOOTER_LENGTH, GRAIN_MARKER, footer_header_offset
+from nbd_vmdk.pages import Pages
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import MIB, SECTOR
+
+#: Inflating needs a whole grain in memory; no writer makes compressed grains over 64 KiB.
+MAX_PACKED_GRAIN: Final = 32 * MIB
+#: How far from the end of the file a footer is looked for (tar slack, padding by an export).
+_FOOTER_SEARCH: Final = MIB
+#: Tables looked at, from the last one backwards, to see whether the file's tail is there.
+_TAIL_TABLES: Final = 1024
+_SALVAGE_HINT: Final = "to read what is left of it, add --salvage; what was lost gives read errors"
+_LENGTH: Final = struct.Struct("<I")
+#: A table entry of salvaged tables: nobody knows what was there.
+LOST_ENTRY: Final = 0xFFFFFFFF
+
+
+class Tables(Protocol):
+    """What maps grains to the sectors of their records: tables of the file, or salvaged ones."""
+
+    def get(self, page: int) -> "array[int] | None":
+        """The table ``page``, or None if all its grains are holes."""
+
+
+class Inflater:
+    """Reads guest bytes by inflating the grains that hold them; see extents.base.Source.
+
+    Inflated grains go to the shared cache.  Every way in which a record can be wrong ends in an error that
+    names it: a marker for another grain, a size that can't be, a broken stream, a grain that inflates short.
+    """
+
+    def __init__(
+        self, storage: Storage, header: HostedHeader, tables: Tables, cache: Cache, size: int
+    ) -> None:
+        self.name = storage.name
+        self._storage = storage
+        self._header = header
+        self._tables = tables
+        self._cache = cache
+        self._key = cache.namespace()
+        self._size = size
+        self._grain = header.grain
+
+    def read_into(self, buf: memoryview, at: int) -> None:
+        """Fill ``buf`` with the extent's bytes from ``at`` on, all of which lie in packed grains."""
+        done = 0
+        while done < len(buf):
+            index, within = divmod(at + done, self._grain)
+            plain = self._cache.young.get(self._key + index) or self._plain(index)
+            count = min(self._grain - within, len(buf) - done)
+            piece = memoryview(plain)[within : within + count]
+            if len(piece) != count:
+                raise self._damaged(index, f"it inflates to {len(plain)} bytes only")
+            buf[done : done + count] = piece
+            done += count
+
+    def _plain(self, index: int) -> "bytes | bytearray | array[int]":
+        plain = self._cache.get(self._key + index)
+        if plain is None:
+            number, slot = divmod(index, self._header.entries_per_table)
+            table = self._tables.get(number)
+            assert table is not None, "a packed grain has a table"
+            plain = self._inflated(index, table[slot] * SECTOR)
+            self._cache.put(self._key + index, plain)
+        return plain
+
+    def _inflated(self, index: int, at: int) -> bytes | bytearray:
+        """The grain whose record starts at ``at``."""
+        # One read fetches most records whole: deflated grains are seldom over half their size.
+        guess = min(self._storage.size - at, self._grain // 2 + SECTOR)
+        if guess < GRAIN_MARKER.size:
+            need = at + SECTOR
+            raise Truncated(
+                self.name, what=f"grain {index}", need=need, have=self._storage.size, hint=_SALVAGE_HINT
+            )
+        data = self._storage.read(at, guess)
+        # What lies behind the capacity is no loss.
+        need = min(self._grain, min(self._size, self._header.capacity) - index * self._grain)
+        problem = ""
+        for begin, size in self._payloads(index, data, self._storage.size - at):
+            if begin + size > len(data):
+                data += self._storage.read(at + len(data), begin + size - len(data))
+            try:
+                plain = inflate(data[begin : begin + size], self._grain)
+            except CorruptGrain as error:
+                problem = problem or str(error)
+                continue
+            if len(plain) >= need:
+                return plain
+            problem = problem or f"it inflates to {len(plain)} bytes only"
+        raise self._damaged(index, problem)
+
+    def _payloads(self, index: int, data: bytes, room: int) -> list[tuple[int, int]]:
+        """Where the compressed bytes can begin in a record, and how many there are: the likeliest first.
+
+        ``data`` is the record's beginning, ``room`` what the file has from there on.
+        """
+        sector, size = GRAIN_MARKER.unpack_from(data)
+        if sector == index * self._header.grain_sectors and size:
+            if size > 2 * self._grain:
+                raise self._damaged(index, f"its compressed size {size} can't be")
+            return [(GRAIN_MARKER.size, size)]
+        if self._header.markers:
+            raise self._damaged(index, f"its marker is for guest sector {sector}")
+        # Compression without markers: the technical note's reader expects a length, QEMU bare deflate.
+        (size,) = _LENGTH.unpack_from(data)
+        bare = (0, min(2 * self._grain, room))
+        return (
+            [(_LENGTH.size, size), bare] if 0 < size <= min(2 * self._grain, room - _LENGTH.size) else [bare]
+        )
+
+    def _damaged(self, index: int, why: str) -> Unreadable:
+        offset = index * self._grain
+        return Unreadable(
+            self.name,
+            offset=offset,
+            length=min(self._grain, self._size - offset),
+            why=f"compressed grain {index} is damaged, {why}",
+        )
+
+
+class StreamExtent(SparseExtent):
+    """A streamOptimized extent read through its tables."""
+
+    type_word = "SPARSE"
+
+    def __init__(self, storage: Storage, header: HostedHeader, cache: Cache, *, size: int) -> None:
+        refuse_huge_grains(storage, header)
+        has_footer, header = with_directory(storage, header)
+        try:
+            places = HostedTables(storage, header, cache)
+        except Truncated as error:
+            error.hint = _SALVAGE_HINT
+            raise
+        self._setup(storage, header, places.tables, places.empty_from, size)
+        if not has_footer:
+            self._check_tail(places)
+
+    def _setup(
+        self,
+        storage: Storage,
+        header: HostedHeader,
+        tables: Pages,
+        empty_from: Callable[[int, int], int],
+        size: int,
+    ) -> None:
+        self.header = header
+        super().__init__(
+            storage,
+            size=size,
+            grain=header.grain,
+            tables=tables,
+            empty_from=empty_from,
+            lowest=LOST_ENTRY + 1,  # no entry is plain data
+            step=0,
+        )
+        self._inflater = Inflater(storage, header, tables, tables.cache, size)
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """See Extent: packed grains that follow each other are one mapping."""
+        kind, length, source, at = super().map(offset, length)
+        if kind is Kind.PACKED:
+            return kind, length, self._inflater, offset
+        return kind, length, source, at
+
+    def _decode(self, entry: int, index: int) -> tuple[Kind, int]:
+        if entry > 1:
+            return Kind.PACKED, 0
+        # Value 1 can only be zeros here, declared or not: a record never lies in sector 1.
+        return (Kind.ZERO if entry else Kind.HOLE), 0
+
+    def _following(
+        self, table: "array[int] | bytes | bytearray", slot: int, entry: int, kind: Kind, length: int
+    ) -> int:
+        first = slot + 1
+        last = min(self._entries, first - (-length // self.grain))
+        if table is self._tables.empty:
+            return (last - first) * self.grain
+        slot = first
+        while slot < last and self._decode(table[slot], 0)[0] is kind:
+            slot += 1
+        return (slot - first) * self.grain
+
+    def _check_tail(self, places: HostedTables) -> None:
+        """Refuse a file without footer whose last grain is cut off.
+
+        Writers append grains in guest order, so the last table with any names the last record; records out
+        of order that are cut off give a read error instead.  Raises Truncated.
+        """
+        tables = self.header.directory_entries
+        for number in range(tables - 1, max(tables - 1 - _TAIL_TABLES, -1), -1):
+            try:
+                table = places.tables.get(number)
+            except FormatError:
+                continue  # damage of another sort, which whoever reads there is told
+            at = max(table or (0,)) * SECTOR
+            if at <= SECTOR:  # nothing but holes, and grains of zeros
+                continue
+            end = at + SECTOR
+            if self.header.markers and at + GRAIN_MARKER.size <= self.storage.size:
+                marker = self.storage.read(at, GRAIN_MARKER.size)
+                end = at + GRAIN_MARKER.size + GRAIN_MARKER.unpack(marker)[1]
+            if end > self.storage.size:
+                raise Truncated(
+                    self.storage.name,
+                    what="its last grain",
+                    need=end,
+                    have=self.storage.size,
+                    hint=_SALVAGE_HINT,
+                )
+            return
+
+
+def refuse_huge_grains(storage: Storage, header: HostedHeader) -> None:
+    """Raise Unsupported for grains that no writer makes and inflating which would take too much memory."""
+    if header.grain > MAX_PACKED_GRAIN:
+        raise Unsupported(
+            storage.name, what=f"compressed grains of {header.grain} bytes; {MAX_PACKED_GRAIN} is the most"
+        )
+
+
+def with_directory(storage: Storage, header: HostedHeader) -> tuple[bool, HostedHeader]:
+    """The header that says where the directory is, and whether it came from a footer.
+
+    A footer tells where the directory is, whatever the first header says; in all else they are equal.
+    Raises Truncated if the directory's place was in a footer that is not there, BadField if the footer is
+    not this header's.
+    """
+    size = storage.size - storage.size % SECTOR
+    search = min(size, _FOOTER_SEARCH if header.directory_at_end else FOOTER_LENGTH)
+    tail = storage.read(size - search, search)
+    at = footer_header_offset(tail)
+    if at is None:
+        if header.directory_at_end:
+            raise Truncated(
+                storage.name,
+                what="its footer, which holds the place of the grain directory",
+                need=storage.size + FOOTER_LENGTH,
+                have=storage.size,
+                hint="the file was cut off: get it again, or " + _SALVAGE_HINT,
+            )
+        return False, header
+    try:
+        footer = parse_header(tail[at : at + SECTOR], storage.name)
+    except (FormatError, Unsupported) as error:
+        raise BadField(
+            storage.name, field="footer", value="damaged", why=error.message, hint=_SALVAGE_HINT
+        ) from None
+    if footer.directory_at_end or _geometry(footer) != _geometry(header):
+        raise BadField(
+            storage.name,
+            field="footer",
+            value=f"gdOffset {footer.directory_sector:#x}, capacity {footer.capacity_sectors}, "
+            f"grainSize {footer.grain_sectors}, numGTEsPerGT {footer.entries_per_table}",
+            why="does not belong to this file's header",
+            hint=_SALVAGE_HINT,
+        )
+    return True, replace(
+        header, directory_sector=footer.directory_sector, redundant_sector=footer.redundant_sector
+    )
+
+
+def _geometry(header: HostedHeader) -> tuple[int, int, int]:
+    return header.capacity_sectors, header.grain_sectors, header.entries_per_table
