@@ -145,11 +145,19 @@ def table_index(entry: int, header: SeSparseHeader, file: str) -> int | None:
 
 
 def grain_at(entry: int, header: SeSparseHeader, file: str) -> int:
-    """Byte position of the grain that an allocated entry (top nibble 3) names.  BadField if outside.
-
-    The index is stored rotated: its low 12 bits in bits 48 to 59, the rest from bit 0 on.
-    """
-    index = ((entry >> 48) & 0xFFF) | ((entry & 0xFFFFFFFFFFFF) << 12)
+    """Byte position of the grain that an allocated entry (top nibble 3) names.  BadField if outside."""
+    index = _grain_index(entry)
     if (index + 1) * header.grain > header.grains.length:
         raise BadField(file, field="grain table entry", value=f"{entry:#x}", why="names no grain of the file")
     return header.grains.at + index * header.grain
+
+
+def grains_behind(entry: int, header: SeSparseHeader) -> int:
+    """How often :data:`ENTRY_STEP` can be added to an allocated entry and name the next grain of the file."""
+    index = _grain_index(entry)
+    return min(0xFFF - (index & 0xFFF), header.grains.length // header.grain - 1 - index)
+
+
+def _grain_index(entry: int) -> int:
+    """The number of a grain, stored rotated: its low 12 bits in bits 48 to 59, the rest from bit 0 on."""
+    return ((entry >> 48) & 0xFFF) | ((entry & 0xFFFFFFFFFFFF) << 12)

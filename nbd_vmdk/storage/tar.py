@@ -153,7 +153,7 @@ def _header(storage: Storage, file: str, at: int) -> tarfile.TarInfo | None:
 
 
 def _pax(file: str, body: bytes) -> dict[str, bytes]:
-    """The records of a pax extension: "LENGTH KEY=VALUE" and a line feed; LENGTH counts all of it."""
+    """The records of a pax extension that matter here: "LENGTH KEY=VALUE", a line feed; LENGTH counts all."""
     records = {}
     at = 0
     while at < len(body) and body[at]:
@@ -162,7 +162,8 @@ def _pax(file: str, body: bytes) -> dict[str, bytes]:
         key, equals, value = body[at + len(digits) + 1 : end].partition(b"=")
         if end > len(body) or not equals or not value.endswith(b"\n"):
             raise FormatError(file, why="an archive's extension header that can't be understood")
-        records[key.decode("utf-8", "replace")] = value[:-1]
+        if key in (b"path", b"size") or key.startswith(b"GNU.sparse"):  # others could be a million
+            records[key.decode("utf-8", "replace")] = value[:-1]
         at = end
     return records
 

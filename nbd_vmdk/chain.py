@@ -1,0 +1,211 @@
+"""From a link to its chain: finding parents, and refusing what is not one disk.
+
+Where a parent is looked for: the file that the user named; the hint as written, relative to the child's
+folder; the hint's last component beside the child; the same in a sibling folder named as the hint's last
+folder.  The last two are guesses, taken only if the content ID is the expected one.  QEMU follows the hint
+alone; VMware and we check that the parent still has the content ID that the child saw.
+"""
+
+from collections.abc import Iterator
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.errors import (
+    ChainError,
+    ChainTooDeep,
+    ContentIdMismatch,
+    FileMissing,
+    ParentNotFound,
+    TrustError,
+    VmdkError,
+    WriteRefused,
+)
+from nbd_vmdk.link import Link
+from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, is_absolute, last_component, windows_to_posix
+from nbd_vmdk.opener import open_link, read_descriptor
+from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.storage.localfolder import LocalFolder
+
+#: VMware allows 32 snapshots; linked clones of clones add to that.
+MAX_LINKS = 128
+#: Files looked at when links that name one as their parent, or lost parents, are searched in a folder.
+_MAX_SIBLINGS = 1000
+
+
+def open_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) -> list[Link]:
+    """Open the link ``name`` and all its parents, top first; parents are only ever opened for reading.
+
+    Raises VmdkError of every sort; then nothing stays open.
+    """
+    links: list[Link] = []
+    try:
+        links.extend(follow_chain(folder, name, options, cache))
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+    return links
+
+
+def follow_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) -> Iterator[Link]:
+    """Open one link after the other, top first, until the base or an error; the caller closes them."""
+    link = top = open_link(folder, name, options, cache, writable=options.writable)
+    yield top
+    if options.writable and top.writable:
+        _protect(folder, name, top, options)
+    seen = {top.storages[0].identity}
+    while (parent := _open_parent(link, options, cache, is_top=link is top)) is not None:
+        yield parent
+        identity = parent.storages[0].identity
+        if identity in seen:
+            raise ChainTooDeep(top.name, why=f"the chain of parents leads back to {parent.name}")
+        if len(seen) == MAX_LINKS:
+            raise ChainTooDeep(top.name, why=f"more than {MAX_LINKS} links")
+        seen.add(identity)
+        _compare_sizes(link, parent)
+        link = parent
+    if options.writable and top.writable and options.drop_ctk:
+        top.drop_change_tracking()  # only now, when nothing can refuse the image any more
+
+
+def _compare_sizes(child: Link, parent: Link) -> None:
+    if child.size > parent.size:
+        child.warnings.append(f"{child.name}: larger than its parent; what lies beyond reads as zeros")
+    elif child.size < parent.size:
+        child.warnings.append(f"{child.name}: smaller than its parent, whose tail is not visible")
+
+
+def _open_parent(child: Link, options: OpenOptions, cache: Cache, *, is_top: bool) -> Link | None:
+    """The parent of a link, None for a base."""
+    descriptor = child.descriptor
+    if is_top and options.parent is not None:
+        folder, name = LocalFolder.for_image(options.parent, options.allow_dirs, options.allow_devices)
+        parent = open_link(folder, name, options, cache, writable=False)
+        if descriptor is not None and descriptor.has_parent:
+            _check_cid(child, descriptor, parent, options)
+        return parent
+    if descriptor is None:
+        return None
+    if not descriptor.has_parent:
+        if descriptor.parent_hint and not options.ignore_cid:
+            raise ChainError(
+                child.name,
+                why=f"names a parent, {descriptor.parent_hint}, but its parentCID says that it has none",
+                hint="the descriptor was edited or damaged; to read it without a parent, add --ignore-cid",
+            )
+        return None
+    return _find_parent(child, descriptor, options, cache)
+
+
+def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cache: Cache) -> Link:
+    assert descriptor.parent_cid is not None
+    hint = descriptor.parent_hint
+    refused: VmdkError | None = None
+    for name, is_guess in _candidates(hint) if hint else ():
+        try:
+            folder = child.folder.folder_of(name)
+            if is_guess and not _has_cid(child.folder, name, descriptor.parent_cid):
+                continue
+            parent = open_link(folder, _plain(name), options, cache, writable=False)
+        except FileMissing as error:
+            if error.file is not None and last_component(error.file) != last_component(name):
+                raise  # the parent is there, but a file of its own is not
+            continue
+        except TrustError as error:
+            if last_component(str(error.fields.get("name"))) != last_component(name):
+                raise
+            refused = refused or error
+            continue
+        _check_cid(child, descriptor, parent, options)
+        return parent
+    if refused is not None:
+        raise refused
+    cid = f"{descriptor.parent_cid:08x}"
+    found = [sibling for sibling, other in _siblings(child.folder) if other.cid == descriptor.parent_cid]
+    if found:
+        where = child.folder.label(found[0])
+        raise ParentNotFound(
+            child.name,
+            parent=hint or "(no name given)",
+            cid=cid,
+            hint=f"{where} has this content ID: --parent {where}",
+        )
+    raise ParentNotFound(child.name, parent=hint or "(no name given)", cid=cid)
+
+
+def _plain(name: str) -> str:
+    return last_component(name)
+
+
+def _candidates(hint: str) -> Iterator[tuple[str, bool]]:
+    """(name relative to the child's folder, is it a guess) in the order to try."""
+    posix = windows_to_posix(hint)
+    if not is_absolute(hint) or hint.startswith("/"):
+        yield hint, False
+        if posix != hint and not posix.startswith("/"):
+            yield posix, False
+    last = last_component(hint)
+    if last not in (hint, posix):
+        yield last, True
+        folders = [part for part in posix.split("/")[:-1] if part not in ("", ".", "..")]
+        if folders:
+            yield f"../{folders[-1]}/{last}", True
+
+
+def _has_cid(folder: Folder, name: str, cid: int) -> bool:
+    descriptor = read_descriptor(folder, name)
+    return descriptor is not None and descriptor.cid == cid
+
+
+def _check_cid(child: Link, descriptor: Descriptor, parent: Link, options: OpenOptions) -> None:
+    expected, found = descriptor.parent_cid, parent.cid
+    if expected == found and expected != NO_PARENT:
+        return
+    mismatch = ContentIdMismatch(
+        child.name,
+        parent=parent.name,
+        expected=f"{expected:08x}",
+        found="none" if found is None else f"{found:08x}",
+    )
+    if not options.ignore_cid:
+        parent.close()
+        raise mismatch
+    child.warnings.append(str(mismatch))
+
+
+def _siblings(folder: Folder) -> Iterator[tuple[str, Descriptor]]:
+    """The links in a folder, by name."""
+    names = [name for name in folder.names() if name.lower().endswith(".vmdk")]
+    for name in names[:_MAX_SIBLINGS]:
+        descriptor = read_descriptor(folder, name)
+        if descriptor is not None:
+            yield name, descriptor
+
+
+def _protect(folder: Folder, name: str, top: Link, options: OpenOptions) -> None:
+    """Refuse to write where that would make something else wrong."""
+    descriptor = top.descriptor
+    assert descriptor is not None
+    if descriptor.change_track_path is not None and not options.drop_ctk:
+        raise WriteRefused(
+            top.name,
+            why="its changes are tracked in a file that writing would make wrong "
+            f"({descriptor.change_track_path})",
+            hint="read it with -r, or give up the tracking with --drop-ctk",
+        )
+    if options.write_parent or descriptor.cid is None:
+        return
+    own = last_component(name)
+    for sibling, other in _siblings(top.folder):
+        if (
+            sibling != own
+            and other.has_parent
+            and other.parent_cid == descriptor.cid
+            and (other.parent_hint is None or last_component(other.parent_hint) == own)
+        ):
+            raise WriteRefused(
+                top.name,
+                why=f"it is the parent of {sibling}, which writing to it would make invalid",
+                hint=f"open {folder.label(sibling)}, read this one with -r, or give up the child with "
+                "--write-parent",
+            )

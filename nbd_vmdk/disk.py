@@ -1,0 +1,320 @@
+"""A disk: a chain of links as one row of bytes; the only read loop and the only write door.
+
+What reads is a loop over mappings.  A request goes from the top link down through holes until somebody
+has the bytes; that somebody's source fills the buffer, in one call for each piece.  pread, NBD block
+status and the `map` command ask the same question, so they agree.
+
+Threads: any number may call anything.  Reading takes no lock.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.chain import open_chain
+from nbd_vmdk.commit import Committer
+from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
+from nbd_vmdk.extents.base import Below, Kind, Mapping, Source
+from nbd_vmdk.extents.flat import LostSource
+from nbd_vmdk.extents.hosted import HostedExtent
+from nbd_vmdk.link import NOTHING, Link, WritableExtent
+from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.storage.localfolder import LocalFolder
+from nbd_vmdk.units import KIB, MIB
+
+log = logging.getLogger("nbd_vmdk")
+
+_ZEROS = memoryview(bytes(MIB))
+#: Blocks that a client had best use: a grain, within what clients can live with.
+_MIN_BLOCK, _MAX_BLOCK = 64 * KIB, MIB
+#: Packed bytes that one prefetch request inflates at most.
+_MAX_PREFETCH = 8 * MIB
+
+
+class Run(NamedTuple):
+    """A piece of the disk, and who holds it.
+
+    ``depth`` says which link (0 is the top), None if none does; ``file`` and ``at`` are the place in a file,
+    ``at`` being None where the bytes are compressed.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    depth: int | None
+    file: str | None
+    at: int | None
+
+
+class Disk:
+    """An open disk.  A context manager: leaving it closes cleanly, making everything durable.
+
+    ``size`` is in bytes.  ``warnings`` tells what was odd but harmless at opening.  All calls raise
+    VmdkError, OutOfRange for a range outside the disk among them.
+    """
+
+    def __init__(self, links: list[Link], cache: Cache, *, writable: bool) -> None:
+        self.links = tuple(links)
+        top = links[0]
+        self.size = top.size
+        self._cache = cache
+        self.writable = writable and top.writable
+        self.preferred_block = min(max(top.grain, _MIN_BLOCK), _MAX_BLOCK)
+        self._unknown = LostSource(top.name, "it is in a parent that is not known")
+        #: Finds what backs a range for reading; a base needs nobody to ask for its holes.
+        self._locate = top.map if len(links) == 1 and not top.incomplete else self._map
+        self._below: Below | None = self._read_below if len(links) > 1 else None
+        extents = [entry.writable for entry in top.extents]
+        self._members: list[WritableExtent] = [extent for extent in extents if extent is not None]
+        self._committer = Committer(self._members, top.change_cid)
+        self._close_lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was odd but harmless at opening, of all links."""
+        return tuple(warning for link in self.links for warning in link.warnings)
+
+    @property
+    def can_fast_zero(self) -> bool:
+        """Zeroing may cost no data writes; whether it does depends on the range."""
+        return self.writable
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OutOfRange(self.links[0].name, offset=offset, length=length, size=self.size)
+
+    # Reading.
+
+    def _map(self, offset: int, length: int, first: int = 0) -> Mapping:
+        return self._map_from(offset, length, first)[0]
+
+    def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:
+        """What backs the bytes at ``offset``, from link ``first`` down; and which link has it."""
+        for depth in range(first, len(self.links)):
+            link = self.links[depth]
+            room = link.size - offset
+            if room <= 0:
+                break  # past the end of a parent that is smaller: zeros
+            mapping = link.map(offset, min(length, room))
+            if mapping[0] is not Kind.HOLE:
+                return mapping, depth
+            length = mapping[1]
+        return self._nobody(offset, length), None
+
+    def _nobody(self, offset: int, length: int) -> Mapping:
+        """What no link holds: zeros, unless a link that belongs below is missing."""
+        if self.links[-1].incomplete:
+            return Kind.LOST, length, self._unknown, offset
+        return Kind.HOLE, length, None, 0
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """Fill ``buf`` with the disk's bytes from ``offset`` on."""
+        length = len(buf)
+        if offset < 0 or offset + length > self.size:
+            self._check(offset, length)
+        _kind, count, source, at = self._locate(offset, length)
+        if count == length:  # nearly every small request
+            if source is None:
+                _fill_zeros(buf)
+            else:
+                source.read_into(buf, at)
+            return
+        self._read_pieces(buf, offset, 0)
+
+    def _read_pieces(self, buf: memoryview, offset: int, first: int) -> None:
+        done, length = 0, len(buf)
+        while done < length:
+            (kind, count, source, at), _depth = self._map_from(offset + done, length - done, first)
+            piece = buf[done : done + count]
+            if kind in NOTHING:
+                _fill_zeros(piece)
+            else:
+                assert source is not None
+                source.read_into(piece, at)
+            done += count
+
+    def _read_below(self, buf: memoryview, offset: int) -> None:
+        """Fill ``buf`` with what the parents hold, for copy-on-write."""
+        self._read_pieces(buf, offset, 1)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on."""
+        self._check(offset, length)
+        buf = bytearray(length)
+        if length:
+            self.read_into(memoryview(buf), offset)
+        return bytes(buf)
+
+    def cache(self, length: int, offset: int) -> None:
+        """Fetch a range into memory: the page cache, or the cache of inflated grains."""
+        self._check(offset, length)
+        end = offset + length
+        packed = 0
+        while offset < end:
+            kind, count, source, at = self._map(offset, end - offset)
+            if kind is Kind.DATA:
+                _advise(source, at, count)
+            elif kind is Kind.PACKED and packed < _MAX_PREFETCH:
+                assert source is not None
+                piece = min(count, _MAX_PREFETCH - packed)
+                source.read_into(memoryview(bytearray(piece)), at)
+                packed += piece
+            offset += count
+
+    def runs(self, offset: int = 0, length: int | None = None) -> Iterator[Run]:
+        """All of a range (to the end of the disk by default) as maximal runs, in order."""
+        if length is None:
+            length = self.size - offset
+        self._check(offset, length)
+        last: Run | None = None
+        for (kind, count, source, at), depth in self._mappings(offset, length, 0):
+            run = Run(offset, count, kind, depth, None, None)
+            if kind not in NOTHING:
+                assert source is not None
+                # A packed or lost range counts in guest bytes, which are no place in the file.
+                run = run._replace(file=source.name, at=at if kind is Kind.DATA else None)
+            offset += count
+            joined = None if last is None else _join(last, run)
+            if joined is None and last is not None:
+                yield last
+            last = joined or run
+        if last is not None:
+            yield last
+
+    def _mappings(self, offset: int, length: int, first: int) -> Iterator[tuple[Mapping, int | None]]:
+        """The mappings of a range in full detail, from link ``first`` down."""
+        if first == len(self.links) or offset >= self.links[first].size:
+            if length:
+                yield self._nobody(offset, length), None
+            return
+        link = self.links[first]
+        inside = min(length, link.size - offset)
+        at = offset
+        for mapping in link.runs(offset, inside):
+            if mapping[0] is Kind.HOLE:
+                yield from self._mappings(at, mapping[1], first + 1)
+            else:
+                yield mapping, first
+            at += mapping[1]
+        if inside < length:
+            yield (Kind.HOLE, length - inside, None, 0), None
+
+    # Writing.
+
+    def _check_writable(self, offset: int, length: int) -> None:
+        self._check(offset, length)
+        if not self.writable:
+            raise WriteRefused(self.links[0].name, why="it is open for reading only")
+        self._committer.admit()
+
+    def pwrite(self, buf: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> None:
+        """Write ``buf`` at ``offset``; with ``fua`` it is durable when this returns."""
+        view = memoryview(buf)
+        self._check_writable(offset, len(view))
+        for extent in self.links[0].write(view, offset, self._below):
+            self._committer.wrote(extent)
+        if fua:
+            self._committer.flush()
+
+    def zero(
+        self, length: int, offset: int, *, may_trim: bool = False, fua: bool = False, fast: bool = False
+    ) -> None:
+        """Make a range read as zeros.
+
+        ``may_trim`` allows giving its space back; ``fast`` raises NotFast, changing nothing, where data
+        would have to be written.
+        """
+        self._check_writable(offset, length)
+        if fast and self.links[0].must_write_zeros(offset, length, self._below):
+            raise NotFast(self.links[0].name)
+        self._follow(self.links[0].zero(offset, length, self._below, may_trim=may_trim), fua=fua)
+
+    def trim(self, length: int, offset: int, *, fua: bool = False) -> None:
+        """Say that a range is no longer needed: its space is given back where that is possible."""
+        self._check_writable(offset, length)
+        self._follow(self.links[0].trim(offset, length, self._below), fua=fua)
+
+    def _follow(self, steps: Iterator[WritableExtent], *, fua: bool) -> None:
+        """Commit between the steps of a request as long as a disk where too much is held."""
+        for extent in steps:
+            self._committer.wrote(extent)
+            self._committer.admit()
+        if fua:
+            self._committer.flush()
+
+    def flush(self) -> None:
+        """Return when every write that has returned, on whatever thread, is durable."""
+        if self.writable:
+            self._committer.flush()
+
+    def close(self) -> None:
+        """Make everything durable, mark the image cleanly closed, and let go of all files.
+
+        The files are let go of even if that fails; the image is then still marked as in use.
+        """
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            self._committer.close()
+            if self.writable:
+                self._committer.flush()
+                for extent in self._members:
+                    if isinstance(extent, HostedExtent):
+                        extent.finish()
+        finally:
+            for link in self.links:
+                link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _fill_zeros(buf: memoryview) -> None:
+    for start in range(0, len(buf), MIB):
+        piece = buf[start : start + MIB]
+        piece[:] = _ZEROS[: len(piece)]
+
+
+def _advise(source: Source | None, at: int, length: int) -> None:
+    advise = getattr(source, "advise", None)
+    if advise is not None:
+        advise(at, length)
+
+
+def _join(one: Run, two: Run) -> Run | None:
+    """Both as one run, if they are of the same sort and, for data, next to each other in one file."""
+    if one.kind is not two.kind or one.depth != two.depth or one.file != two.file:
+        return None
+    if one.at is not None and one.at + one.length != two.at:
+        return None
+    return one._replace(length=one.length + two.length)
+
+
+def open_disk(path: str | os.PathLike[str], **options: Any) -> Disk:
+    """Open the VMDK ``path`` and its whole chain.
+
+    Keywords are the fields of :class:`~nbd_vmdk.options.OpenOptions`; a disk is opened for reading unless
+    ``writable=True``.  Raises VmdkError: ``str(error)`` says what is wrong, ``error.hint`` what to do.
+    """
+    try:
+        chosen = OpenOptions(**options)
+    except TypeError as error:
+        raise OptionError(None, why=str(error)) from None
+    folder, name = LocalFolder.for_image(path, chosen.allow_dirs, chosen.allow_devices)
+    return open_in(folder, name, chosen)
+
+
+def open_in(folder: Folder, name: str, options: OpenOptions) -> Disk:
+    """Open the VMDK ``name`` of ``folder`` and its whole chain."""
+    cache = Cache(options.cache_size)
+    return Disk(open_chain(folder, name, options, cache), cache, writable=options.writable)
