@@ -1,0 +1,1 @@
+"""Whole-image questions and work."""
