@@ -32,6 +32,7 @@ ESHUTDOWN, and turns the rest into EINVAL, so only those appear.  ``slug`` is a 
 
 import errno as _errno
 import os
+import re
 from typing import ClassVar
 
 #: errno values that reach an NBD client as themselves; everything else becomes EIO.
@@ -46,11 +47,20 @@ _PASSED = {
 }
 
 
+#: What a terminal or a log would obey, or that breaks a line; names in images may hold it.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def _clean(text: str) -> str:
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 class VmdkError(Exception):
     """Base of all errors this package raises on purpose.
 
     ``file`` is the file concerned, as the user would know it, or None.  The other fields fill the class's
-    ``template`` and ``hint_template``; an explicit ``hint`` replaces the latter.
+    ``template`` and ``hint_template``; an explicit ``hint`` replaces the latter.  In the text control
+    characters are shown as escapes.
     """
 
     slug: ClassVar[str] = "error"
@@ -64,11 +74,13 @@ class VmdkError(Exception):
     ) -> None:
         self.file = None if file is None else os.fspath(file)
         self.fields = fields
-        self.message = self.template.format_map(fields)
+        self.message = _clean(self.template.format_map(fields))
         self.hint = hint
         if hint is None and self.hint_template is not None:
             self.hint = self.hint_template.format_map(fields | {"file": self.file})
-        super().__init__(self.message if self.file is None else f"{self.file}: {self.message}")
+        if self.hint is not None:
+            self.hint = _clean(self.hint)
+        super().__init__(self.message if self.file is None else f"{_clean(self.file)}: {self.message}")
 
     def as_dict(self) -> dict[str, object]:
         """The error for ``--json``: slug, file, message, hint."""

@@ -1,0 +1,449 @@
+"""The callbacks of the nbdkit plugin: glue between NBD requests and a Disk.
+
+``plugin.py`` at the top of a checkout hands them to nbdkit.  A request costs one dict lookup (see
+threadstates.py) and one call of the engine; here is also the only place where the engine's errors become
+errno values and log lines.  Parameters are the names of :class:`~nbd_vmdk.options.OpenOptions`, with dashes.
+"""
+
+import builtins
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import wraps
+from threading import get_ident
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+
+import nbdkit
+
+from nbd_vmdk import __version__
+from nbd_vmdk.codec import INFLATE_LIBRARY
+from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.errors import OptionError, VmdkError
+from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.threadstates import KeptStates
+from nbd_vmdk.units import MIB, parse_size
+
+__all__ = [
+    "API_VERSION",
+    "after_fork",
+    "block_size",
+    "cache",
+    "can_cache",
+    "can_extents",
+    "can_fast_zero",
+    "can_flush",
+    "can_fua",
+    "can_multi_conn",
+    "can_trim",
+    "can_write",
+    "can_zero",
+    "cleanup",
+    "close",
+    "config",
+    "config_complete",
+    "default_export",
+    "dump_plugin",
+    "export_description",
+    "extents",
+    "flush",
+    "get_ready",
+    "get_size",
+    "list_exports",
+    "open",
+    "pread",
+    "pwrite",
+    "thread_model",
+    "trim",
+    "zero",
+]
+
+API_VERSION = 2
+
+#: The largest request that clients may make; nbdkit itself refuses more than 64 MiB.
+_MAX_REQUEST = 32 * MIB
+#: Runs told in one answer about block status; the client asks again for the rest.
+_MAX_RUNS = 16384
+#: Errors of requests that are logged in full in each period of so many seconds.
+_LOGGED, _PERIOD = 10, 10.0
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Plugin:
+    """All that is global: what was configured, and the disk that is served."""
+
+    def __init__(self) -> None:
+        self.file: str | None = None
+        self.read_only = _nbdkit_is_read_only()
+        self.options: dict[str, Any] = {}
+        self.allow_dirs: list[str] = []
+        self.disk: Disk | None = None
+
+    def configure(self, key: str, value: str) -> None:
+        """Take a parameter.  Paths are made absolute now: nbdkit in the background runs in ``/``."""
+        name = key.replace("-", "_")
+        if name == "file":
+            self.file = os.path.abspath(value)
+        elif name == "read_only":
+            self.read_only = self.read_only or _boolean(key, value)
+        elif name == "allow_dir":
+            self.allow_dirs.append(os.path.abspath(value))
+        elif name == "parent":
+            self.options[name] = os.path.abspath(value)
+        elif name == "cache_size":
+            try:
+                self.options[name] = parse_size(value)
+            except ValueError as error:
+                raise OptionError(None, why=f"{key}: {error}") from None
+        elif name in _SWITCHES:
+            self.options[name] = _boolean(key, value)
+        else:
+            raise OptionError(None, why=f"unknown parameter {key}={value}", hint=f"known are {_PARAMETERS}")
+
+    def start(self) -> None:
+        """Open the disk and check everything that can be checked before serving."""
+        assert self.file is not None
+        self.disk = open_disk(
+            self.file, writable=not self.read_only, allow_dirs=tuple(self.allow_dirs), **self.options
+        )
+        for warning in self.disk.warnings:
+            sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.flush()
+
+    @property
+    def name(self) -> str:
+        """The export's name: its file's."""
+        assert self.file is not None
+        return os.path.basename(self.file)
+
+
+class Handle:
+    """A connection: its disk, whether it may write, and its threads' states."""
+
+    __slots__ = ("disk", "pread", "states", "threads", "writable")
+
+    def __init__(self, disk: Disk, *, writable: bool) -> None:
+        self.disk = disk
+        self.pread = disk.read_into
+        self.writable = writable
+        self.states = KeptStates()
+        self.threads = self.states.threads
+
+
+_SWITCHES = {field.name for field in fields(OpenOptions) if field.type is bool} - {"writable", "locks"}
+_PARAMETERS = ", ".join(
+    [
+        "file",
+        "read-only",
+        "parent",
+        "allow-dir",
+        "cache-size",
+        *sorted(s.replace("_", "-") for s in _SWITCHES),
+    ]
+)
+
+
+def _boolean(key: str, value: str) -> bool:
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    raise OptionError(None, why=f"{key} is {value!r}, not true or false")
+
+
+def _nbdkit_is_read_only() -> bool:
+    """Tell whether nbdkit was started with -r.
+
+    Its Python plugin is only told when a client connects, which is too late: opening for writing takes locks
+    and may be refused.  So the command line is looked at, up to the plugin's name.
+    """
+    try:
+        with builtins.open("/proc/self/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[1:]
+    except OSError:
+        return False
+    for word in words:
+        if word in (b"python", b"--") or word.endswith((b"plugin.so", b".py")):
+            return False
+        if word in (b"-r", b"--readonly", b"--read-only"):
+            return True
+        letters = word[1:]
+        # Options without arguments that may stand in one word, such as -fr.
+        if word[:1] == b"-" and b"r" in letters and not letters.strip(b"fnorsvV"):
+            return True
+    return False
+
+
+# Errors.
+
+
+class _ErrorLog:
+    """Gives the text that nbdkit prints for an exception: one or two clean lines for errors of ours.
+
+    nbdkit's Python plugin prints a traceback for every exception.  For a VmdkError there is nothing in it
+    that a user needs; for a bug there is, and it is kept.  nbdkit prints something for each failed request,
+    so many in a short time are cut down to their slug.
+    """
+
+    def __init__(self) -> None:
+        self._original = traceback.format_exception
+        self._period_ends = 0.0
+        self._count = 0
+
+    def install(self) -> None:
+        traceback.format_exception = self._format  # nbdkit calls it by name
+
+    def _format(self, *args: Any, **kwargs: Any) -> list[str]:
+        error = args[1] if len(args) > 1 else args[0]
+        if not isinstance(error, VmdkError):
+            return self._original(*args, **kwargs)
+        now = time.monotonic()
+        if now > self._period_ends:
+            self._period_ends, self._count = now + _PERIOD, 0
+        self._count += 1
+        if self._count > _LOGGED:
+            return [f"error: {error.slug} (more of these are not shown in full)"]
+        return [f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else "")]
+
+
+def _fail(error: VmdkError) -> NoReturn:
+    """Tell nbdkit which errno the client gets; the one place where that is decided."""
+    nbdkit.set_error(errno.EOPNOTSUPP if error.errno == errno.ENOTSUP else error.errno)
+    raise error
+
+
+def _request(function: Callable[Concatenate[Handle, P], R]) -> Callable[Concatenate[Handle, P], R]:
+    """Wrap a request's callback: keep the thread's state, translate errors."""
+
+    @wraps(function)
+    def wrapper(h: Handle, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if get_ident() not in h.threads:
+            h.states.keep()
+        try:
+            return function(h, *args, **kwargs)
+        except VmdkError as error:
+            _fail(error)
+
+    return wrapper
+
+
+# The life of the server.
+
+_plugin = Plugin()
+_ErrorLog().install()
+
+
+def dump_plugin() -> None:
+    """Print what ``nbdkit python plugin.py --dump-plugin`` tells of this plugin."""
+    sys.stdout.write(
+        f"nbd_vmdk_version={__version__}\n"
+        f"nbd_vmdk_parameters={_PARAMETERS.replace(', ', ' ')}\n"
+        f"nbd_vmdk_inflate={INFLATE_LIBRARY}\n"
+    )
+    sys.stdout.flush()
+
+
+def config(key: str, value: str) -> None:
+    """Take one key=value of the command line."""
+    _plugin.configure(key, value)
+
+
+def config_complete() -> None:
+    """Check that there is something to serve."""
+    if _plugin.file is None:
+        raise OptionError(None, why="no image to serve", hint="add file=DISK.vmdk to nbdkit's command line")
+
+
+def thread_model() -> int:
+    """Let requests run in parallel, on one connection and over several."""
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def get_ready() -> None:
+    """Open and check the whole image; what is wrong with it stops nbdkit here."""
+    _plugin.start()
+
+
+def after_fork() -> None:
+    """Start nothing: the engine's only thread starts with the first write."""
+
+
+def cleanup() -> None:
+    """Close the image cleanly; as nbdkit exits with 0 whatever is raised here, a failure leaves at once."""
+    disk, _plugin.disk = _plugin.disk, None
+    if disk is None:
+        return
+    try:
+        disk.close()
+    except VmdkError as error:
+        sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# Exports and connections.
+
+
+def list_exports(readonly: bool, is_tls: bool) -> Iterable[tuple[str, str]]:  # noqa: ARG001
+    """Name what is served."""
+    return [(_plugin.name, _description())]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:  # noqa: ARG001
+    """Name the export that a client gets who asks for none."""
+    return _plugin.name
+
+
+def _description() -> str:
+    assert _plugin.disk is not None
+    links = len(_plugin.disk.links)
+    chain = f", {links} links" if links > 1 else ""
+    return f"VMware disk, {_plugin.disk.links[0].create_type}{chain}"
+
+
+def open(readonly: bool) -> Handle:
+    """Begin a connection; an unknown export name is refused."""
+    name = nbdkit.export_name()
+    if name not in ("", _plugin.name):
+        raise OptionError(None, why=f"no export {name!r}", hint=f"there is {_plugin.name}")
+    assert _plugin.disk is not None
+    return Handle(_plugin.disk, writable=_plugin.disk.writable and not readonly)
+
+
+def close(h: Handle) -> None:
+    """End a connection."""
+    h.states.give_back()
+
+
+def export_description(h: Handle) -> str:  # noqa: ARG001
+    """Tell clients what they got."""
+    return _description()
+
+
+def get_size(h: Handle) -> int:
+    """Tell the disk's size in bytes."""
+    return h.disk.size
+
+
+def block_size(h: Handle) -> tuple[int, int, int]:
+    """Tell (minimum, preferred, maximum): any alignment will do, grains are best."""
+    return 1, h.disk.preferred_block, _MAX_REQUEST
+
+
+def can_write(h: Handle) -> bool:
+    """Tell whether this connection may write."""
+    return h.writable
+
+
+def can_flush(h: Handle) -> bool:
+    """Tell whether flush does something."""
+    return h.writable
+
+
+def can_trim(h: Handle) -> bool:
+    """Tell whether space can be given back."""
+    return h.writable
+
+
+def can_zero(h: Handle) -> bool:
+    """Tell whether zeroing is more than writing zeros."""
+    return h.writable
+
+
+def can_fast_zero(h: Handle) -> bool:
+    """Tell whether a zero that must be fast is understood."""
+    return h.writable and h.disk.can_fast_zero
+
+
+def can_fua(h: Handle) -> int:
+    """Tell that a write can be made durable before its reply."""
+    return int(nbdkit.FUA_NATIVE if h.writable else nbdkit.FUA_NONE)
+
+
+def can_multi_conn(h: Handle) -> bool:  # noqa: ARG001
+    """Tell that a flush on one connection covers all."""
+    return True
+
+
+def can_cache(h: Handle) -> int:  # noqa: ARG001
+    """Tell that prefetching is possible."""
+    return int(nbdkit.CACHE_NATIVE)
+
+
+def can_extents(h: Handle) -> bool:  # noqa: ARG001
+    """Tell that block status is known."""
+    return True
+
+
+# Requests.
+
+
+def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:  # noqa: ARG001
+    """Read; written out without the wrapper, because this is the hottest path."""
+    if get_ident() not in h.threads:
+        h.states.keep()
+    try:
+        h.pread(buf, offset)
+    except VmdkError as error:
+        _fail(error)
+
+
+@_request
+def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    """Write, durably with FUA."""
+    h.disk.pwrite(buf, offset, fua=bool(flags & nbdkit.FLAG_FUA))
+
+
+@_request
+def flush(h: Handle, flags: int) -> None:  # noqa: ARG001
+    """Make all that was written on any connection durable."""
+    h.disk.flush()
+
+
+@_request
+def trim(h: Handle, count: int, offset: int, flags: int) -> None:
+    """Give space back."""
+    h.disk.trim(count, offset, fua=bool(flags & nbdkit.FLAG_FUA))
+
+
+@_request
+def zero(h: Handle, count: int, offset: int, flags: int) -> None:
+    """Zero a range, giving space back if that is allowed; a fast one fails where it would have to write."""
+    h.disk.zero(
+        count,
+        offset,
+        may_trim=bool(flags & nbdkit.FLAG_MAY_TRIM),
+        fua=bool(flags & nbdkit.FLAG_FUA),
+        fast=bool(flags & nbdkit.FLAG_FAST_ZERO),
+    )
+
+
+@_request
+def cache(h: Handle, count: int, offset: int, flags: int) -> None:  # noqa: ARG001
+    """Fetch a range into memory."""
+    h.disk.cache(count, offset)
+
+
+@_request
+def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    """Tell what is data and what is zeros; with REQ_ONE only the first piece."""
+    empty = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    limit = 1 if flags & nbdkit.FLAG_REQ_ONE else _MAX_RUNS
+    found: list[tuple[int, int, int]] = []
+    for run in h.disk.runs(offset, count):
+        status = empty if run.kind in (Kind.HOLE, Kind.ZERO) else 0
+        if found and found[-1][2] == status:
+            start, length, _ = found[-1]
+            found[-1] = start, length + run.length, status
+        elif len(found) == limit:
+            break
+        else:
+            found.append((run.offset, run.length, status))
+    return found

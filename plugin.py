@@ -1,0 +1,1 @@
+nbd_vmdk/nbdkit_shim.py
