@@ -1,0 +1,46 @@
+"""Which nbdkit to run, with which words and in which environment."""
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
+
+from nbd_vmdk.errors import ServerError
+
+# Socket activation wants the socket as descriptor 3 and the process's own ID in its environment.  A shell
+# that becomes nbdkit can do both; a subprocess can only be given standard descriptors and an environment
+# made before its ID is known.
+_LAUNCH = 'LISTEN_PID=$$ exec "$@" 3<&0 </dev/null'
+
+
+def find_nbdkit() -> str:
+    """The nbdkit to run: the one that ``NBDKIT`` names, or the one on PATH.  ServerError if there is none."""
+    found = shutil.which(os.environ.get("NBDKIT") or "nbdkit")
+    if found is None:
+        hint = "apt-get install nbdkit nbdkit-plugin-python; 'nbd-vmdk doctor' tells what else is missing"
+        raise ServerError(None, why="nbdkit is not installed", hint=hint)
+    return os.path.abspath(found)
+
+
+def nbdkit_environment(nbdkit: str) -> dict[str, str]:
+    """What nbdkit runs in.
+
+    The Python that it embeds looks for its standard library beside the first ``python3`` on PATH.  That of
+    the folder nbdkit is installed in is the likeliest to be the one it was built with; that of a virtual
+    environment or of a version manager is not.
+    """
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "VIRTUAL_ENV")
+    }
+    environment["PATH"] = os.path.dirname(nbdkit) + os.pathsep + environment.get("PATH", os.defpath)
+    environment["NBD_VMDK_SITE"] = sysconfig.get_path("purelib")
+    return environment
+
+
+def nbdkit_command(nbdkit: str, options: Sequence[str], plugin: str, parameters: Sequence[str]) -> list[str]:
+    """The words that start nbdkit on the listening socket that is its standard input.
+
+    ``LISTEN_FDS=1`` in the environment goes with them.
+    """
+    serve = [nbdkit, "-f", "--exit-with-parent", *options, "python", plugin, *parameters]
+    return ["/bin/sh", "-c", _LAUNCH, "sh", *serve]
