@@ -1,0 +1,101 @@
+"""The command line: ``nbd-vmdk VERB IMAGE``.
+
+Each verb is a thin module that asks the engine and shows the answer; only click is imported until a verb
+runs, so that ``--help`` answers at once.
+
+Results go to stdout, all else to stderr, as ``error: FILE: what``, ``hint: what to do``, ``warning: what``.
+With ``--json`` an error is one JSON object on stdout as well.  Exit codes: 0 done, 1 failed, 2 the command
+line makes no sense, 3 the image is damaged, 4 only something harmless was found, 5 in use by another
+process, 130 interrupted, 141 the reader of the output went away.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from nbd_vmdk import __version__
+from nbd_vmdk.cli import output
+from nbd_vmdk.cli.doctor import doctor
+from nbd_vmdk.cli.info import info
+from nbd_vmdk.cli.map import map_
+from nbd_vmdk.cli.serve import serve
+from nbd_vmdk.errors import OptionError, StorageError, VmdkError
+
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from nbd_vmdk.server import plugin_path
+
+        click.echo(plugin_path())
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="nbd-vmdk", message="%(prog)s %(version)s")
+@click.option(
+    "--plugin-path",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_plugin_path,
+    help="Show the file for 'nbdkit python FILE file=disk.vmdk' and exit.",
+)
+def root() -> None:
+    """Put any VMware virtual disk (VMDK) on the network with NBD, in place, without converting it."""
+
+
+for _verb in (serve, info, map_, doctor):
+    root.add_command(_verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code.  Nothing but a bug leaves a traceback."""
+    chosen = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in chosen
+    output.prepare()
+    try:
+        try:
+            with output.Messages(), root.make_context("nbd-vmdk", chosen) as context:
+                code = root.invoke(context)
+        except click.exceptions.Exit as left:
+            code = left.exit_code
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as empty:
+        click.echo(empty.format_message(), err=True)
+        return OptionError.exit_code
+    except click.UsageError as wrong:
+        return _usage(wrong, as_json)
+    except VmdkError as error:
+        return _failed(error, as_json)
+    except BrokenPipeError:
+        output.abandon()
+        return READER_GONE
+    except OSError as error:
+        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+        return _failed(StorageError.of(error, file, "failed"), as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _usage(wrong: click.UsageError, as_json: bool) -> int:
+    """A command line that click does not understand, told as our own errors are."""
+    path = wrong.ctx.command_path if wrong.ctx else "nbd-vmdk"
+    error = OptionError(None, why=wrong.format_message().rstrip("."), hint=f"'{path} --help' tells more")
+    return _failed(error, as_json)
+
+
+def _failed(error: VmdkError, as_json: bool) -> int:
+    try:
+        if as_json:
+            output.json_object({"error": error.as_dict()})
+        output.error(error)
+        sys.stdout.flush()
+    except OSError:
+        output.abandon()
+    return error.exit_code

@@ -1,0 +1,73 @@
+"""The options that say how to open an image, the same for every verb that opens one."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from nbd_vmdk.options import DEFAULT_CACHE_SIZE
+from nbd_vmdk.units import parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: The image, as the user names it.  Whether it is there is the engine's to say, in its own words.
+image_argument = click.argument("image", type=click.Path())
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    """Bytes meant by a size such as 64M."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+#: What every verb that opens an image takes; the names are those of OpenOptions.
+open_options = _all_of(
+    click.option("--parent", type=click.Path(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
+    click.option(
+        "--allow-dir",
+        "allow_dirs",
+        type=click.Path(),
+        metavar="DIR",
+        multiple=True,
+        help="Let the image name files in DIR, besides those in its own folder.  May be repeated.",
+    ),
+    click.option(
+        "--allow-devices", is_flag=True, help="Let the image name block devices in an allowed folder."
+    ),
+    click.option("--ignore-cid", is_flag=True, help="Warn of content IDs that do not agree, and go on."),
+    click.option(
+        "--salvage",
+        is_flag=True,
+        help="Read what is left of a damaged streamOptimized image; the rest is EIO.",
+    ),
+)
+
+#: What matters only where an image is served.
+serve_options = _all_of(
+    click.option(
+        "--write-parent", is_flag=True, help="Write although a snapshot stands on this image, and spoil that."
+    ),
+    click.option(
+        "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
+    ),
+    click.option(
+        "--cache-size",
+        callback=_size,
+        metavar="SIZE",
+        default=str(DEFAULT_CACHE_SIZE),
+        help="Memory for tables and inflated grains.  [default: 64M]",
+    ),
+)

@@ -1,0 +1,96 @@
+"""What every verb says, and how: results on stdout, messages on stderr, JSON.
+
+Names in messages and in tables come from images, which are untrusted: control characters in them are shown
+as escapes, so that none reaches a terminal.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+import click
+
+from nbd_vmdk.errors import VmdkError
+
+#: The version of the layout of all JSON that the command line prints.
+SCHEMA = 1
+
+#: Where warnings go, the engine's own and the verbs': the handler below shows them.
+log = logging.getLogger("nbd_vmdk")
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
+
+
+def prepare() -> None:
+    """Let file names that are no valid text pass through as the bytes they are."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="surrogateescape")
+
+
+def abandon() -> None:
+    """Give up stdout, whose reader is gone: what is left in its buffer goes nowhere, silently."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def clean(text: str) -> str:
+    """``text`` on one line and without anything that a terminal would obey."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def colourful(stream: TextIO) -> bool:
+    """Whether colour is wanted there: a terminal, and the user has not said no (NO_COLOR)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def line(text: str) -> None:
+    """One line of results, on stdout.  What comes from an image has been through clean()."""
+    sys.stdout.write(f"{text}\n")
+
+
+def message(word: str, text: str) -> None:
+    """One line on stderr: ``word: text``."""
+    head = f"{word}:"
+    if colourful(sys.stderr):
+        head = click.style(head, fg=_COLOURS.get(word), bold=True)
+    sys.stderr.write(f"{head} {clean(text)}\n")
+    sys.stderr.flush()
+
+
+def error(what: VmdkError) -> None:
+    """An error and what to do about it, on stderr."""
+    message("error", str(what))
+    if what.hint:
+        message("hint", what.hint)
+
+
+class Messages(logging.Handler):
+    """Shows what is logged as messages on stderr, while it is entered."""
+
+    def __enter__(self) -> None:
+        log.addHandler(self)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self)
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        message(getattr(record, "word", record.levelname.lower()), record.getMessage())
+
+
+def json_object(content: Mapping[str, object]) -> None:
+    """One JSON object on stdout, with the version of its layout."""
+    line(json.dumps({"schema": SCHEMA, **content}, indent=4))
+    sys.stdout.flush()
