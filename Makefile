@@ -1,0 +1,59 @@
+# nbd-vmdk: `make serve IMAGE=disk.vmdk` and `make test` do all their own set-up; `make` lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+IMAGE ?= .demo/demo.vmdk
+ARGS ?=
+PYTEST ?=
+JOBS ?= 2
+FUZZ_SECONDS ?= 14400
+
+export IMAGE
+
+# One thing after the other: there are two cores, and the tests say the last word.
+.NOTPARALLEL:
+
+.PHONY: help setup serve test lint fuzz fuzz-short pytest clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo
+	@echo "IMAGE=disk.vmdk   the image to serve (without it: a demo disk that is made first)"
+	@echo "ARGS='-r'         more options for serve; PYTEST='-k name' for test"
+
+setup: .venv/.ready ## system packages where missing, and .venv
+	@:
+
+.venv/.ready: pyproject.toml scripts/setup
+	@scripts/setup
+
+serve: .venv/.ready $(if $(filter .demo/demo.vmdk,$(IMAGE)),.demo/demo.vmdk) ## serve IMAGE over NBD until Ctrl-C; prints its URI
+	@exec $(BIN)/nbd-vmdk serve $(ARGS) -- "$$IMAGE"
+
+.demo/demo.vmdk: scripts/demo-disk | .venv/.ready
+	@scripts/demo-disk $@
+
+test: lint fuzz-short pytest ## everything: style, types, import rules, a minute of fuzzing, the tests
+
+lint: .venv/.ready ## style, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fuzz-short: .venv/.ready ## a minute of fuzzing
+	$(BIN)/python tests/fuzz/fuzz.py --seconds 60
+
+fuzz: .venv/.ready ## fuzzing for hours: FUZZ_SECONDS=14400
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+
+pytest: .venv/.ready ## the tests alone
+	$(BIN)/pytest -n $(JOBS) $(PYTEST)
+
+clean: ## remove all that make has made here
+	rm -rf .venv .demo .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
