@@ -1,0 +1,170 @@
+"""What a workload is held to, and whether the medians meet it.
+
+A :class:`Cell` is one measure of one workload: the median of each server.  Ratios are always "how many times
+better ours is", for rates and for costs alike, so a target is met when the ratio is large enough.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+OURS = "ours"
+#: What a target may name as a peer, and the servers that stand behind it; the best one counts.
+PEERS: dict[str, tuple[str, ...]] = {
+    "qemu": ("qemu-threads", "qemu-uring"),
+    "raw": ("raw",),
+    "empty": ("empty",),
+}
+PEER_LABELS = {"qemu": "qemu-nbd", "raw": "raw", "empty": "an empty plugin"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number is: its unit, how it is called beside a workload's name, and which way is better."""
+
+    name: str
+    unit: str
+    higher: bool
+    label: str = ""
+
+    def better(self, values: Sequence[float]) -> float:
+        """The best of some values."""
+        return max(values) if self.higher else min(values)
+
+    def ratio(self, own: float, other: float) -> float | None:
+        """How many times better ``own`` is; None where one of them is too small to be measured."""
+        up, down = (own, other) if self.higher else (other, own)
+        return up / down if down > 0 else None
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure("iops", "/s", True),
+        Measure("mibps", "MiB/s", True),
+        Measure("seconds", "s", False),
+        Measure("p99_us", "µs", False, "p99 latency"),
+        Measure("cpu_us", "µs", False, "server CPU a request"),
+        Measure("us_per_extent", "µs", False, "time an extent"),
+        Measure("first_byte_ms", "ms", False, "start to first byte"),
+        Measure("resident_mib", "MiB", False, "memory after open"),
+        Measure("peak_mib", "MiB", False, "peak memory"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measure of one workload: the median of each server that has one."""
+
+    measure: Measure
+    medians: Mapping[str, float]
+
+    @property
+    def own(self) -> float | None:
+        """Our median."""
+        return self.medians.get(OURS)
+
+    def best(self, peer: str) -> float | None:
+        """The best median among the servers of a peer."""
+        values = [self.medians[server] for server in PEERS[peer] if server in self.medians]
+        return self.measure.better(values) if values else None
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times better than the peer we are."""
+        own, other = self.own, self.best(peer)
+        return None if own is None or other is None else self.measure.ratio(own, other)
+
+
+#: The cell of a workload's measure, for targets that look at another workload.
+Cells = Mapping[tuple[str, str], Cell]
+
+
+class Target(Protocol):
+    """A bar.  ``met`` is None where a number it needs is missing."""
+
+    @property
+    def text(self) -> str:
+        """The bar in words."""
+
+    def met(self, cell: Cell, cells: Cells) -> bool | None:
+        """Whether the medians clear it."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """At least so many times as good as a peer."""
+
+    peer: str
+    least: float
+
+    @property
+    def text(self) -> str:
+        """See Target."""
+        return f"≥ {self.least:g}x {PEER_LABELS[self.peer]}"
+
+    def met(self, cell: Cell, cells: Cells) -> bool | None:  # noqa: ARG002
+        """See Target."""
+        ratio = cell.ratio(self.peer)
+        return None if ratio is None else ratio >= self.least
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of two bars: the second is for machines on which the first is beyond the hardware."""
+
+    first: Target
+    second: Target
+
+    @property
+    def text(self) -> str:
+        """See Target."""
+        return f"{self.first.text} or {self.second.text}"
+
+    def met(self, cell: Cell, cells: Cells) -> bool | None:
+        """See Target."""
+        found = [target.met(cell, cells) for target in (self.first, self.second)]
+        if True in found:
+            return True
+        return None if None in found else False
+
+
+@dataclass(frozen=True)
+class OfOwn:
+    """At least so many times what we ourselves do in another workload."""
+
+    workload: str
+    least: float
+
+    @property
+    def text(self) -> str:
+        """See Target."""
+        return f"≥ {self.least:g}x our {self.workload}"
+
+    def met(self, cell: Cell, cells: Cells) -> bool | None:
+        """See Target."""
+        other = cells.get((self.workload, cell.measure.name))
+        if cell.own is None or other is None or other.own is None:
+            return None
+        ratio = cell.measure.ratio(cell.own, other.own)
+        return None if ratio is None else ratio >= self.least
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """No more than so much; with ``above``, so much more than that peer."""
+
+    value: float
+    unit: str
+    above: str | None = None
+
+    @property
+    def text(self) -> str:
+        """See Target."""
+        more = f" over {PEER_LABELS[self.above]}" if self.above else ""
+        return f"≤ {self.value:g} {self.unit}{more}"
+
+    def met(self, cell: Cell, cells: Cells) -> bool | None:  # noqa: ARG002
+        """See Target."""
+        base = cell.best(self.above) if self.above else 0.0
+        return None if cell.own is None or base is None else cell.own <= self.value + base
