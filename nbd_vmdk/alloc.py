@@ -1,16 +1,22 @@
-"""Where new grains and tables go: at the end of the file.
+"""Where new grains and tables go: into space that was freed before, else at the end of the file.
 
 No field of a hosted sparse extent records its free space; every writer appends.  The file grows in steps, so
 that the file system sees few changes of size, and a clean close cuts the last step off.  After a crash
 the step stays: a hole that costs no blocks, behind which the next writer appends.
 
-Space handed out here has never been used, so it reads as zeros until somebody writes.
-A freed grain is not given out again while the image is open: a request that looked it up before may still be
-on its way to it.  Its blocks go back to the file system instead (see commit.py).
+Space handed out here reads as zeros until somebody writes: it has never been used, or it was punched out.
+
+Freed grains are known only as long as the image is open.  One is given out again when three things are true:
+the table entry that freed it is durable (commit.py hands it over only then), it was punched out, and every
+overwrite that was under way at that moment has ended, because such a writer may have looked the grain up
+before it was freed and would write into its next owner.  A reader in that position finds out by itself, see
+Disk.read_into.
 """
 
 import errno
+import itertools
 import threading
+from collections import deque
 
 from nbd_vmdk.errors import StorageError
 from nbd_vmdk.storage.base import Storage
@@ -39,6 +45,12 @@ class Allocator:
         self._used = storage.size
         self._step = max(min(_STEP_GRAINS * grain, _MAX_STEP), grain)
         self._table_at = self._table_end = 0
+        #: Tickets of the overwrites under way; each takes one before it looks up where to write.
+        self.writing: set[int] = set()
+        self._tickets = itertools.count()
+        #: Freed ranges as (tickets to wait for, position, length), and those that nobody can write to.
+        self._cooling: deque[tuple[frozenset[int], int, int]] = deque()
+        self._free: list[tuple[int, int]] = []
 
     @property
     def end(self) -> int:
@@ -47,8 +59,33 @@ class Allocator:
 
     def take_grains(self, count: int) -> int:
         """Byte position of ``count`` new grains in a row; StorageError with ENOSPC if there is no room."""
+        length = count * self._grain
         with self._lock:
-            return self._take(count * self._grain)
+            at = self._reuse(length)
+            return self._take(length) if at is None else at
+
+    def ticket(self) -> int:
+        """Begin an overwrite: until the ticket is taken out of ``writing``, no grain changes its owner."""
+        ticket = next(self._tickets)
+        self.writing.add(ticket)
+        return ticket
+
+    def give_back(self, at: int, length: int) -> None:
+        """Take back grains that read as zeros and that no durable table entry names."""
+        with self._lock:
+            self._cooling.append((frozenset(self.writing.copy()), at, length))
+
+    def _reuse(self, length: int) -> int | None:
+        """Freed space of ``length`` bytes, if there is some that nobody can be writing to."""
+        while self._cooling and self._cooling[0][0].isdisjoint(self.writing):
+            _tickets, at, size = self._cooling.popleft()
+            self._free.append((at, size))
+        if not self._free or self._free[-1][1] < length:
+            return None
+        at, size = self._free.pop()
+        if size > length:
+            self._free.append((at + length, size - length))
+        return at
 
     def take_table(self, length: int) -> int:
         """Byte position of ``length`` bytes for a table; tables share grains, so that few are spent.

@@ -8,7 +8,8 @@ flushes guest data goes straight to the files, while changed grain tables stay i
 3.  sync      guest data, announcement and new, still empty tables become durable
 4.  write     the copies of step 1, each table and its redundant twin
 5.  sync      the tables become durable
-6.  release   the blocks of grains that no durable table names any more go back to the file system
+6.  release   the blocks of grains that no durable table names any more go back to the file system, and
+              their places to the allocator
 
 so that no durable table entry ever names a grain whose bytes are not durable (step 1 comes before 3, and 3
 before 4), the unclean flag is durable before the first table change (2, 3, 4), and a child made earlier can
@@ -24,8 +25,8 @@ again.  After a failed sync Linux may have dropped the dirty pages, so nothing c
 error latches, and every later write and flush fails until the image is opened again.  What goes wrong in
 step 6 is only told: all is durable by then, and what was not released is space, no data.
 
-What is not done here: freed grains are not given out again (see alloc.py), and a crash in step 4 may leave a
-table and its twin different; either one is right, as all they name is durable.
+What is not done here: a crash in step 4 may leave a table and its twin different; either one is right, as
+all they name is durable.
 """
 
 import logging
@@ -69,8 +70,11 @@ class Member(Protocol):
     def held(self) -> int:
         """Bytes of memory that only a commit gives back."""
 
-    def take_freed(self) -> list[tuple[Storage, int, int]]:
-        """(file, position, length) of what has been freed since the last call."""
+    def take_freed(self) -> list[int]:
+        """Byte positions of the grains that have been freed since the last call."""
+
+    def release(self, positions: list[int]) -> None:
+        """Give space back that no durable table entry names any more."""
 
 
 class _Round:
@@ -91,7 +95,9 @@ class Committer:
         self._members = members
         self._announce = announce
         self._share = max(MAX_PINNED // max(len(members), 1), _MIN_SHARE)
-        self._freed: list[tuple[Storage, int, int]] = []  # not yet safe to release
+        self._freed: list[tuple[Member, list[int]]] = []  # not yet safe to release
+        #: Grows before released space can be used again; see Disk.read_into.
+        self.releases = 0
         self._described = False  # the content ID is changed, durably
         self._condition = threading.Condition()
         self._next = _Round()  # what a flush that comes now is served by
@@ -169,7 +175,8 @@ class Committer:
             return
         # 1. copy; freed grains are listed first, so that each one's entry is among the copies
         for member in self._members:
-            self._freed += member.take_freed()
+            if freed := member.take_freed():
+                self._freed.append((member, freed))
         releasing = len(self._freed)
         taken: list[tuple[Pages, list[DirtyPage]]] = []
         durable = self._full = False
@@ -191,9 +198,11 @@ class Committer:
             if not durable:
                 self._full = any(member.held > self._share for member in self._members)
         # 6. release
-        for storage, at, length in _joined(self._freed[:releasing]):
+        if releasing:
+            self.releases += 1
+        for member, freed in self._freed[:releasing]:
             try:
-                storage.punch(at, length)
+                member.release(freed)
             except StorageError as error:
                 log.warning("%s (the space of a grain is not given back)", error)
         del self._freed[:releasing]
@@ -249,14 +258,3 @@ class Committer:
         if timer is not None:
             timer.cancel()
             timer.join()
-
-
-def _joined(ranges: list[tuple[Storage, int, int]]) -> list[tuple[Storage, int, int]]:
-    """The same ranges, in the order of the file, those that touch as one."""
-    joined: list[tuple[Storage, int, int]] = []
-    for storage, at, length in sorted(ranges, key=lambda entry: (id(entry[0]), entry[1])):
-        if joined and joined[-1][0] is storage and joined[-1][1] + joined[-1][2] == at:
-            joined[-1] = storage, joined[-1][1], joined[-1][2] + length
-        else:
-            joined.append((storage, at, length))
-    return joined

@@ -73,6 +73,8 @@ class Disk:
         self._committer = Committer(self._members, top.change_cid)
         self._close_lock = threading.Lock()
         self._closed = False
+        #: Fills a buffer with the disk's bytes from an offset on.
+        self.read_into = self._read_shared if self.writable else self._read_alone
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -90,8 +92,8 @@ class Disk:
 
     # Reading.
 
-    def _map(self, offset: int, length: int, first: int = 0) -> Mapping:
-        return self._map_from(offset, length, first)[0]
+    def _map(self, offset: int, length: int) -> Mapping:
+        return self._map_from(offset, length, 0)[0]
 
     def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:
         """What backs the bytes at ``offset``, from link ``first`` down; and which link has it."""
@@ -112,8 +114,19 @@ class Disk:
             return Kind.LOST, length, self._unknown, offset
         return Kind.HOLE, length, None, 0
 
-    def read_into(self, buf: memoryview, offset: int) -> None:
-        """Fill ``buf`` with the disk's bytes from ``offset`` on."""
+    def _read_shared(self, buf: memoryview, offset: int) -> None:
+        """Read from a disk that is written to meanwhile, see :meth:`read_into`.
+
+        Between looking a grain up and reading it, it may have been freed and given to other guest bytes.
+        That takes a commit, which says so by a number that never goes back.
+        """
+        while True:
+            releases = self._committer.releases
+            self._read_alone(buf, offset)
+            if self._committer.releases == releases:
+                return
+
+    def _read_alone(self, buf: memoryview, offset: int) -> None:
         length = len(buf)
         if offset < 0 or offset + length > self.size:
             self._check(offset, length)

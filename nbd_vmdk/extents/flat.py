@@ -53,9 +53,12 @@ class FlatExtent(Extent):
     def announce(self) -> None:
         """See commit.Member: a flat file has no flag to set."""
 
-    def take_freed(self) -> list[tuple[Storage, int, int]]:
+    def take_freed(self) -> list[int]:
         """See commit.Member: nothing is ever freed."""
         return []
+
+    def release(self, positions: list[int]) -> None:
+        """See commit.Member."""
 
 
 class ZeroExtent(Extent):

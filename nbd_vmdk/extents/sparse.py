@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from nbd_vmdk.alloc import Allocator
-from nbd_vmdk.errors import BadField, FormatError
+from nbd_vmdk.errors import BadField, FormatError, StorageError
 from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.pages import Pages
@@ -150,7 +150,7 @@ class WritableSparseExtent(SparseExtent):
         """Make the extent writable; ``directories`` are committed after the tables."""
         self._allocator = allocator
         self.tables: tuple[Pages, ...] = (self._tables, *directories)
-        self._freed: list[tuple[Storage, int, int]] = []
+        self._freed: list[int] = []
         self.writable = True
 
     @abstractmethod
@@ -162,15 +162,33 @@ class WritableSparseExtent(SparseExtent):
         """See commit.Member."""
         return sum(pages.pinned_bytes for pages in self.tables) + len(self._freed) * _FREED_COST
 
-    def take_freed(self) -> list[tuple[Storage, int, int]]:
+    def take_freed(self) -> list[int]:
         """See commit.Member."""
         freed = self._freed
         taken = freed[:]
         del freed[: len(taken)]
         return taken
 
+    def release(self, positions: list[int]) -> None:
+        """See commit.Member: neighbours are given back in one piece."""
+        positions = sorted(positions)
+        first = 0
+        for index, at in enumerate(positions, 1):
+            if index == len(positions) or positions[index] != at + self.grain:
+                start, length = positions[first], (index - first) * self.grain
+                self.storage.punch(start, length)
+                self._allocator.give_back(start, length)
+                first = index
+
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """See Extent."""
+        ticket = self._allocator.ticket()
+        try:
+            self._write(buf, offset, below)
+        finally:
+            self._allocator.writing.discard(ticket)
+
+    def _write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         length = len(buf)
         done = 0
         while done < length:
@@ -197,19 +215,26 @@ class WritableSparseExtent(SparseExtent):
             kind, _at = self._decode_slot(table, slot, index)
             if kind is Kind.DATA:
                 return 0
+            grains = 1
             if within or len(buf) < grain:
-                count, grains = min(grain - within, len(buf)), 1
-                at = self._allocator.take_grains(1)
-                self._write_partial(buf[:count], within, at, index, below if kind is Kind.HOLE else None)
+                count = min(grain - within, len(buf))
             else:
-                grains = 1
                 while (grains + 1) * grain <= len(buf) and self._decode_slot(
                     table, slot + grains, index + grains
                 )[0] is not Kind.DATA:
                     grains += 1
                 count = grains * grain
-                at = self._allocator.take_grains(grains)
-                self.storage.write(buf[:count], at)
+            at = self._allocator.take_grains(grains)
+            try:
+                if count % grain:
+                    below = below if kind is Kind.HOLE else None
+                    self._write_partial(buf[:count], within, at, index, below)
+                else:
+                    self.storage.write(buf[:count], at)
+            except StorageError:
+                # No table names the space yet; what did get written there is released with the next commit.
+                self._freed += range(at, at + grains * grain, grain)
+                raise
             self.touched = True
             table = self._tables.pin(number)
             for i in range(grains):
@@ -327,5 +352,5 @@ class WritableSparseExtent(SparseExtent):
             self._tables.pin(number)[slot] = entry
             self._tables.mark_dirty(number)
             if kind is Kind.DATA:
-                self._freed.append((self.storage, at, self.grain))
+                self._freed.append(at)
             return True
