@@ -22,6 +22,7 @@ from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.link import NOTHING, Link, WritableExtent
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import KIB, MIB
@@ -64,6 +65,9 @@ class Disk:
         self._cache = cache
         self.writable = writable and top.writable
         self.preferred_block = min(max(top.grain, _MIN_BLOCK), _MAX_BLOCK)
+        unchanging = len(links) - self.writable
+        #: Worth having where the search may take more than one step.
+        self._shortcuts = Shortcuts(links, int(self.writable), cache) if unchanging > 1 else None
         self._unknown = LostSource(top.name, "it is in a parent that is not known")
         #: Finds what backs a range for reading; a base needs nobody to ask for its holes.
         self._locate = top.map if len(links) == 1 and not top.incomplete else self._map
@@ -97,6 +101,9 @@ class Disk:
 
     def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:
         """What backs the bytes at ``offset``, from link ``first`` down; and which link has it."""
+        shortcuts = self._shortcuts
+        if shortcuts is not None and first == shortcuts.first:
+            first, length = shortcuts.reach(offset, length)
         for depth in range(first, len(self.links)):
             link = self.links[depth]
             room = link.size - offset
@@ -106,6 +113,8 @@ class Disk:
             if mapping[0] is not Kind.HOLE:
                 return mapping, depth
             length = mapping[1]
+            if depth == 0 and shortcuts is not None:
+                return self._map_from(offset, length, 1)
         return self._nobody(offset, length), None
 
     def _nobody(self, offset: int, length: int) -> Mapping:

@@ -1,0 +1,106 @@
+"""Freed grains are given out again, and never while somebody may still be on the way to them."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from nbd_vmdk import open_disk
+from nbd_vmdk.alloc import Allocator
+from nbd_vmdk.storage.memory import MemoryStorage
+from nbd_vmdk.units import KIB, MIB
+from tests.images.content import Content
+from tests.images.desc import monolithic_sparse
+
+GRAIN = 64 * KIB
+
+
+def test_trimming_and_writing_for_ever_does_not_grow_the_file(tmp_path: Path) -> None:
+    image = monolithic_sparse(tmp_path, "disk", Content(16 * MIB))
+    with open_disk(image.path, writable=True) as disk:
+        disk.pwrite(os.urandom(4 * MIB), 0)
+        disk.flush()
+        size = os.path.getsize(image.path)
+        for _ in range(20):
+            disk.trim(4 * MIB, 0)
+            disk.flush()
+            data = os.urandom(4 * MIB)
+            for offset in range(0, len(data), GRAIN):
+                disk.pwrite(data[offset : offset + GRAIN], offset)
+            disk.flush()
+            assert disk.pread(4 * MIB, 0) == data
+        assert os.path.getsize(image.path) == size
+
+
+def test_a_freed_grain_waits_for_its_entry_to_be_durable(tmp_path: Path) -> None:
+    image = monolithic_sparse(tmp_path, "disk", Content(16 * MIB))
+    with open_disk(image.path, writable=True) as disk:
+        disk.pwrite(b"a" * GRAIN, 0)
+        disk.flush()
+        [first] = [run.at for run in disk.runs(0, GRAIN)]
+        disk.trim(GRAIN, 0)
+        disk.pwrite(b"b" * GRAIN, GRAIN)
+        assert [run.at for run in disk.runs(GRAIN, GRAIN)] != [first]
+        disk.flush()
+        disk.pwrite(b"c", 2 * GRAIN)
+        assert [run.at for run in disk.runs(2 * GRAIN, GRAIN)] == [first]
+        # What was in the grain before does not show behind the one byte that was written.
+        assert disk.pread(GRAIN, 2 * GRAIN) == b"c" + bytes(GRAIN - 1)
+
+
+def test_a_freed_grain_waits_for_the_overwrites_under_way() -> None:
+    allocator = Allocator(MemoryStorage(bytes(GRAIN)), GRAIN, 1 << 40)
+    at = allocator.take_grains(2)
+    ticket = allocator.ticket()
+    allocator.give_back(at, 2 * GRAIN)
+    late = allocator.ticket()
+    assert allocator.take_grains(1) == at + 2 * GRAIN
+    allocator.writing.discard(ticket)
+    # Whoever began after the grain was freed can't have found it.
+    assert late in allocator.writing
+    assert [allocator.take_grains(1) for _ in range(3)] == [at, at + GRAIN, at + 3 * GRAIN]
+
+
+def test_nobody_ever_sees_or_hits_the_next_owner_of_a_grain(tmp_path: Path) -> None:
+    """Threads write, trim and flush grains of their own while others read all of them.
+
+    A page of a grain holds its owner's number or zeros; a reader that sees another number has read a grain
+    that was given away under it.
+    """
+    threads, grains = 6, 64
+    image = monolithic_sparse(tmp_path, "disk", Content(grains * threads * GRAIN))
+    stop = time.monotonic() + 4
+    wrong: list[str] = []
+
+    with open_disk(image.path, writable=True) as disk:
+
+        def own(number: int) -> None:
+            tag = bytes([number + 1])
+            round_ = 0
+            while time.monotonic() < stop and not wrong:
+                offset = ((round_ * 7) % grains * threads + number) * GRAIN
+                disk.pwrite(tag * GRAIN, offset)
+                if disk.pread(GRAIN, offset) != tag * GRAIN:
+                    wrong.append(f"{number} did not read back what it wrote")
+                disk.pwrite(tag * 4 * KIB, offset + 4 * KIB)
+                disk.trim(GRAIN, offset)
+                round_ += 1
+                if round_ % 5 == 0:
+                    disk.flush()
+
+        def read() -> None:
+            buf = memoryview(bytearray(GRAIN))
+            while time.monotonic() < stop and not wrong:
+                for index in range(grains * threads):
+                    disk.read_into(buf, index * GRAIN)
+                    seen = set(buf.tobytes())
+                    if not seen <= {0, index % threads + 1}:
+                        wrong.append(f"grain {index} of {index % threads} held {seen}")
+
+        workers = [threading.Thread(target=own, args=(number,)) for number in range(threads)]
+        workers += [threading.Thread(target=read) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not wrong

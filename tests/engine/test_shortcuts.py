@@ -1,0 +1,77 @@
+"""Passing over links that hold nothing changes no byte, whatever is written, read or forgotten meanwhile."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from nbd_vmdk import open_disk
+from nbd_vmdk.shortcuts import Shortcuts
+from nbd_vmdk.units import KIB, MIB, SECTOR
+from tests.images.content import Content
+from tests.images.desc import Image, monolithic_sparse, vmfs, vmfs_sparse
+
+
+def chain(folder: Path, seed: int) -> Image:
+    """Seven links of different kinds, sizes and grains, each with a little of its own."""
+    random_ = random.Random(seed)
+    image = vmfs(folder, "base", Content.random(3 * MIB + 5 * SECTOR, seed=seed))
+    for depth in range(1, 7):
+        size = 3 * MIB + random_.choice((-300, 0, 0, 5, 77)) * SECTOR
+        content = Content(size)
+        for _ in range(4):
+            offset = random_.randrange(size // SECTOR) * SECTOR
+            length = min(random_.choice((SECTOR, 4 * KIB, 200 * KIB)), size - offset)
+            content.put(offset, random_.randbytes(length))
+        grain = random_.choice((1, 8, 128))
+        if depth % 3 == 2:
+            image = vmfs_sparse(folder, f"link{depth}", content, parent=image, grain_sectors=grain)
+        else:
+            image = monolithic_sparse(folder, f"link{depth}", content, parent=image, grain_sectors=grain)
+    return image
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cache_size", [64 * MIB, 8 * KIB])
+def test_a_chain_reads_as_its_links_say(tmp_path: Path, seed: int, cache_size: int) -> None:
+    image = chain(tmp_path, seed)
+    truth = image.visible.read(0, image.visible.size)
+    random_ = random.Random(seed)
+    with open_disk(image.path, cache_size=cache_size) as disk:
+        assert disk._shortcuts is not None
+        for _ in range(300):
+            offset = random_.randrange(disk.size)
+            length = min(random_.choice((1, 512, 4096, 300_000)), disk.size - offset)
+            assert disk.pread(length, offset) == truth[offset : offset + length]
+        assert disk.pread(disk.size, 0) == truth
+
+
+def test_what_is_written_to_the_top_shows_at_once(tmp_path: Path) -> None:
+    image = chain(tmp_path, 1)
+    truth = bytearray(image.visible.read(0, image.visible.size))
+    random_ = random.Random(2)
+    with open_disk(image.path, writable=True) as disk:
+        for _ in range(100):
+            offset = random_.randrange(disk.size)
+            length = min(random_.choice((1, 512, 100_000)), disk.size - offset)
+            assert disk.pread(length, offset) == truth[offset : offset + length]
+            data = random_.randbytes(length)
+            disk.pwrite(data, offset)
+            truth[offset : offset + length] = data
+            assert disk.pread(length, offset) == data
+        assert disk.pread(disk.size, 0) == truth
+
+
+def test_a_unit_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    search = Shortcuts._search
+
+    def counting(self: Shortcuts, start: int) -> int:
+        searched.append(start)
+        return search(self, start)
+
+    monkeypatch.setattr(Shortcuts, "_search", counting)
+    with open_disk(chain(tmp_path, 3).path) as disk:
+        for _ in range(3):
+            disk.pread(disk.size, 0)
+    assert searched == sorted(set(searched))
