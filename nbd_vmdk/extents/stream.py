@@ -80,14 +80,18 @@ class Inflater:
             number, slot = divmod(index, self._header.entries_per_table)
             table = self._tables.get(number)
             assert table is not None, "a packed grain has a table"
-            plain = self._inflated(index, table[slot] * SECTOR)
+            sector = table[slot]
+            # Writers put records one behind the other, so the next entry mostly tells where this one ends.
+            following = table[slot + 1] if slot + 1 < len(table) else 0
+            plain = self._inflated(index, sector * SECTOR, (following - sector) * SECTOR)
             self._cache.put(self._key + index, plain)
         return plain
 
-    def _inflated(self, index: int, at: int) -> bytes | bytearray:
-        """The grain whose record starts at ``at``."""
-        # One read fetches most records whole: deflated grains are seldom over half their size.
-        guess = min(self._storage.size - at, self._grain // 2 + SECTOR)
+    def _inflated(self, index: int, at: int, likely: int) -> bytes | bytearray:
+        """The grain whose record starts at ``at`` and probably is ``likely`` bytes long."""
+        if not 0 < likely <= 2 * self._grain:
+            likely = self._grain // 2 + SECTOR  # deflated grains are seldom larger
+        guess = min(self._storage.size - at, likely)
         if guess < GRAIN_MARKER.size:
             need = at + SECTOR
             raise Truncated(
@@ -101,7 +105,7 @@ class Inflater:
             if begin + size > len(data):
                 data += self._storage.read(at + len(data), begin + size - len(data))
             try:
-                plain = inflate(data[begin : begin + size], self._grain)
+                plain = inflate(memoryview(data)[begin : begin + size], self._grain)
             except CorruptGrain as error:
                 problem = problem or str(error)
                 continue
