@@ -9,8 +9,8 @@ Space handed out here reads as zeros until somebody writes: it has never been us
 Freed grains are known only as long as the image is open.  One is given out again when three things are true:
 the table entry that freed it is durable (commit.py hands it over only then), it was punched out, and every
 overwrite that was under way at that moment has ended, because such a writer may have looked the grain up
-before it was freed and would write into its next owner.  A reader in that position finds out by itself, see
-Disk.read_into.
+before it was freed and would write into its next owner; what it did write is punched out again.  A reader in
+that position finds out by itself, see Disk.read_into.
 """
 
 import errno
@@ -26,6 +26,8 @@ from nbd_vmdk.units import MIB, SECTOR, align_up
 #: a quarter faster for small allocating writes than growing with each.
 _STEP_GRAINS = 512
 _MAX_STEP = 32 * MIB
+#: Freed ranges that are kept in mind, some MiB of memory; more than that only make the file no shorter.
+_MAX_FREE = 1 << 15
 
 
 class Allocator:
@@ -73,12 +75,18 @@ class Allocator:
     def give_back(self, at: int, length: int) -> None:
         """Take back grains that read as zeros and that no durable table entry names."""
         with self._lock:
-            self._cooling.append((frozenset(self.writing.copy()), at, length))
+            if len(self._free) + len(self._cooling) < _MAX_FREE:
+                self._cooling.append((frozenset(self.writing.copy()), at, length))
 
     def _reuse(self, length: int) -> int | None:
         """Freed space of ``length`` bytes, if there is some that nobody can be writing to."""
         while self._cooling and self._cooling[0][0].isdisjoint(self.writing):
-            _tickets, at, size = self._cooling.popleft()
+            tickets, at, size = self._cooling.popleft()
+            try:
+                if tickets:  # one of those writers may have come after the space was punched out
+                    self._storage.punch(at, size)
+            except StorageError:
+                continue  # it stays unused
             self._free.append((at, size))
         if not self._free or self._free[-1][1] < length:
             return None

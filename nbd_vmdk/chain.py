@@ -83,6 +83,10 @@ def _open_parent(child: Link, options: OpenOptions, cache: Cache, *, is_top: boo
         parent = open_link(folder, name, options, cache, writable=False)
         if descriptor is not None and descriptor.has_parent:
             _check_cid(child, descriptor, parent, options)
+        elif descriptor is not None:
+            child.warnings.append(
+                f"{child.name}: has no parent by itself; {parent.name} shows through its holes"
+            )
         return parent
     if descriptor is None:
         return None
@@ -101,7 +105,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
     assert descriptor.parent_cid is not None
     hint = descriptor.parent_hint
     refused: VmdkError | None = None
-    for name, is_guess in _candidates(hint) if hint else ():
+    for name, is_guess in parent_candidates(hint) if hint else ():
         try:
             folder = child.folder.folder_of(name)
             if is_guess and not _has_cid(child.folder, name, descriptor.parent_cid):
@@ -114,12 +118,11 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
         except TrustError as error:
             if last_component(str(error.fields.get("name"))) != last_component(name):
                 raise
-            refused = refused or error
+            if not is_guess:  # nobody asked for what is a guess
+                refused = refused or error
             continue
         _check_cid(child, descriptor, parent, options)
         return parent
-    if refused is not None:
-        raise refused
     cid = f"{descriptor.parent_cid:08x}"
     found = [sibling for sibling, other in _siblings(child.folder) if other.cid == descriptor.parent_cid]
     if found:
@@ -130,14 +133,17 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
             cid=cid,
             hint=f"{where} has this content ID: --parent {where}",
         )
+    if refused is not None:
+        raise refused
     raise ParentNotFound(child.name, parent=hint or "(no name given)", cid=cid)
 
 
 def _plain(name: str) -> str:
-    return last_component(name)
+    """The name in its folder; a backslash is a part of it, where it turns out to be no separator."""
+    return name.rpartition("/")[2]
 
 
-def _candidates(hint: str) -> Iterator[tuple[str, bool]]:
+def parent_candidates(hint: str) -> Iterator[tuple[str, bool]]:
     """(name relative to the child's folder, is it a guess) in the order to try."""
     posix = windows_to_posix(hint)
     if not is_absolute(hint) or hint.startswith("/"):

@@ -29,6 +29,7 @@ from nbd_vmdk.extents.hosted import HostedExtent, check_grain_area
 from nbd_vmdk.extents.salvage import SalvagedExtent
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
+from nbd_vmdk.extents.vetting import quick_check
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import (
@@ -54,7 +55,11 @@ _EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)"
 _DELTA_NAME = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
 #: Descriptors looked at when the one that names an extent is searched.
 _MAX_SIBLINGS = 1000
+#: An extent with at most so many tables (32 GiB, as everybody makes them) is vetted whenever it is opened for
+#: writing, in some milliseconds; a larger one only if it was not closed cleanly.
+_VETTED_TABLES = 1024
 _SIZE_HINT = "serve it with the descriptor that belongs to it"
+_UNCLEAN = "{}: it was not closed cleanly the last time it was written"
 
 
 @dataclass(slots=True)
@@ -90,8 +95,9 @@ class _Opening:
             raise NotVmdk(there.name, what="it was replaced while it was being opened")
         return storage
 
-    def lock(self) -> None:
-        """Lock every file as it was opened, or only look for writers."""
+    def lock(self) -> list[str]:
+        """Lock every file as it was opened, or only look for writers; what is worth a warning."""
+        warnings = []
         for storage in self.storages.values():
             if self.options.locks:
                 warning = storage.lock(storage.writable)
@@ -99,7 +105,8 @@ class _Opening:
                 writer = storage.writer()
                 warning = writer and f"another process is {writer}; what is shown may be changing"
             if warning:
-                self.warnings.append(f"{storage.name}: {warning}")
+                warnings.append(f"{storage.name}: {warning}")
+        return warnings
 
     def close(self) -> None:
         for storage in self.storages.values():
@@ -117,7 +124,7 @@ def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, 
         if writable and (held := vmware_lock(folder, last_component(name))):
             raise InUse(folder.label(name), how=held)
         link = _open(opening, name)
-        opening.lock()
+        link.warnings.extend(opening.lock())
     except BaseException:
         opening.close()
         raise
@@ -267,7 +274,7 @@ def _open_bare(opening: _Opening, name: str, kind: FileKind) -> Link:
         descriptor=None,
         place=None,
         warnings=opening.warnings,
-        incomplete=is_delta and opening.options.parent is None,
+        incomplete=is_delta,
     )
 
 
@@ -290,7 +297,7 @@ def _open_described(
     lines = [line for line in descriptor.extents if line.sectors]
     if not lines:
         raise BadDescriptor(file, line=1, why="the descriptor names no extents")
-    own = None if header is None or header.is_wrapper else _own_line(name, lines, header)
+    own = None if header is None or header.is_wrapper else own_line(name, lines, header)
     if opening.writable:
         written = {line.name for line in lines if line.access == "RW" and line.name}
         # This file is written if anything is: its descriptor gets a new content ID.
@@ -332,7 +339,7 @@ def _why_read_only(extents: list[LinkExtent]) -> str:
     return "none of its extents can be written"
 
 
-def _own_line(name: str, lines: list[ExtentLine], header: hosted.HostedHeader) -> ExtentLine:
+def own_line(name: str, lines: list[ExtentLine], header: hosted.HostedHeader) -> ExtentLine:
     """The extent line that means the file it stands in.
 
     A monolithic file is its own extent whatever the line calls it: files are renamed, and exporters write
@@ -385,7 +392,7 @@ def _resolve(opening: _Opening, line: ExtentLine, file: str) -> str:
     """
     assert line.name is not None
     first: VmdkError | None = None
-    for name in _spellings(line.name):
+    for name in spellings(line.name):
         try:
             opening.open(name)
         except (FileMissing, TrustError) as error:
@@ -405,7 +412,8 @@ def _resolve(opening: _Opening, line: ExtentLine, file: str) -> str:
     raise first
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
+    """How a name may be meant: as written, with slashes turned, or, if it is absolute, beside."""
     yield name
     if "\\" in name:
         yield windows_to_posix(name)
@@ -434,6 +442,8 @@ def _open_sparse(opening: _Opening, name: str, *, size: int | None, line: Extent
     if kind is FileKind.COWD:
         header = cowd.parse_header(head, storage.name)
         size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
+        if header.unclean:
+            opening.warnings.append(_UNCLEAN.format(storage.name))
         return CowdExtent(storage, header, opening.cache, size=size)
     if kind is FileKind.SESPARSE:
         constant = sesparse.parse_header(head, storage.name)
@@ -464,9 +474,11 @@ def _open_hosted(
     # Version 3 without compression is some tool's way to say that changes are tracked elsewhere.
     if line is not None and not opening.written.isdisjoint((name, line.name)) and header.version < 3:
         storage = opening.open_for_writing(name)
+        if header.unclean or header.directory_entries <= _VETTED_TABLES:
+            quick_check(storage, header)
     extent = HostedExtent(storage, header, opening.cache, size=size)
     if header.unclean:
-        opening.warnings.append(f"{storage.name}: it was not closed cleanly the last time it was written")
+        opening.warnings.append(_UNCLEAN.format(storage.name))
     if header.entries_per_table != 512:
         opening.warnings.append(
             f"{storage.name}: grain tables of {header.entries_per_table} entries are unusual"

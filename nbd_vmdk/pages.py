@@ -141,6 +141,13 @@ class Pages:
         """Memory that the shared cache can't take back."""
         return len(self.pinned) * (self.per_page * self._width + _OVERHEAD)
 
+    def encode(self, table: "array[int]") -> bytes:
+        """A page as it stands on disk."""
+        if _BIG_ENDIAN:
+            table = array(self._typecode, table)
+            table.byteswap()
+        return table.tobytes()
+
     def take_dirty(self, taken: list[DirtyPage]) -> None:
         """Copy all changed pages to ``taken`` for a commit; later changes make them dirty again.
 
@@ -148,13 +155,9 @@ class Pages:
         """
         for page in sorted(self._dirty.copy()):
             with self.lock(page):
-                table = self.pinned[page]
-                if _BIG_ENDIAN:
-                    table = array(self._typecode, table)
-                    table.byteswap()
                 places = self._locate(page)
                 assert places is not None, "a dirty page has a place"
-                taken.append(DirtyPage(page, table.tobytes(), places))
+                taken.append(DirtyPage(page, self.encode(self.pinned[page]), places))
                 self._dirty.discard(page)
 
     def settle(self, taken: list[DirtyPage], *, durable: bool) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from array import array
 
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
@@ -9,7 +10,7 @@ from nbd_vmdk.errors import Truncated
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.sparse import WritableSparseExtent
 from nbd_vmdk.extents.tables import GrainTables
-from nbd_vmdk.ondisk.hosted import MAX_GRAIN_AT, UNCLEAN_AT, HostedHeader, check_directory
+from nbd_vmdk.ondisk.hosted import MAX_DESCRIPTOR, MAX_GRAIN_AT, UNCLEAN_AT, HostedHeader, check_directory
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR, align_up
@@ -38,7 +39,8 @@ class HostedTables(GrainTables):
             step=header.entries_per_table * 4 // SECTOR,
         )
         self.redundant = None if header.redundant_at is None else self._directory_pages(header.redundant_at)
-        self._forbidden = _metadata_ranges(header, storage.size)
+        self._forbidden = _metadata_ranges(header)
+        self._warned = False
 
     def _is_table(self, sector: int) -> bool:
         begin, end = sector * SECTOR, sector * SECTOR + self._length
@@ -55,7 +57,8 @@ class HostedTables(GrainTables):
             if not sector:
                 return None
             raise self.bad_entry(number, sector)
-        if places[0] != sector * SECTOR:
+        if places[0] != sector * SECTOR and not self._warned:
+            self._warned = True
             log.warning(
                 "%s: grain directory entry %d is damaged, its redundant twin is used",
                 self.storage.name,
@@ -70,39 +73,42 @@ class HostedTables(GrainTables):
         page, slot = divmod(number, self.redundant.per_page)
         entries = self.redundant.get(page)
         assert entries is not None, "a directory has all its pages"
+        if entries is self.redundant.empty:
+            return count
         return next((i for i, entry in enumerate(entries[slot : slot + count]) if entry), count)
 
-    def reserve(self, number: int, allocator: Allocator) -> list[int]:
-        """Byte positions for a missing table and its twin, zeros at the end of the file.
+    def lacking(self, number: int) -> list[Pages]:
+        """The directories that name no place for a table where one can be: both if it is missing."""
+        directories = [pages for pages in (self.directory, self.redundant) if pages is not None]
+        return [pages for pages in directories if not self._is_table(self.entry(pages, number))]
 
-        All that can fail comes before the first change: a table without its twin is damage to some readers.
-        """
-        directories = self._directories()
-        for directory in directories:
-            directory.get(number // directory.per_page)
+    def reserve(self, directories: list[Pages], allocator: Allocator) -> list[int]:
+        """Byte positions for a table in each of ``directories``, zeros at the end of the file."""
         return [allocator.take_table(self._length) for _ in directories]
 
-    def enter(self, number: int, places: list[int]) -> None:
-        """Enter a table and its twin in their directories."""
+    def enter(self, number: int, directories: list[Pages], places: list[int]) -> None:
+        """Enter a table in directories.
+
+        All that can fail came before: a table without its twin is damage to some readers.
+        """
         page, slot = divmod(number, self.directory.per_page)
-        for directory, at in zip(self._directories(), places, strict=True):
+        for directory, at in zip(directories, places, strict=True):
             with directory.lock(page):
                 directory.pin(page)[slot] = at // SECTOR
                 directory.mark_dirty(page)
 
-    def _directories(self) -> list[Pages]:
-        return [pages for pages in (self.directory, self.redundant) if pages is not None]
 
-
-def _metadata_ranges(header: HostedHeader, file_size: int) -> list[tuple[int, int]]:
-    """What no grain table may overlap: header, descriptor, directories; tables made later lie behind them."""
+def _metadata_ranges(header: HostedHeader) -> list[tuple[int, int]]:
+    """What no grain table may overlap: header, descriptor, directories."""
     size = align_up(header.directory_entries * 4, SECTOR)
     ranges = [(0, SECTOR), (header.directory_at, header.directory_at + size)]
     if header.redundant_at is not None:
         ranges.append((header.redundant_at, header.redundant_at + size))
     if header.descriptor_sector:
         begin = header.descriptor_sector * SECTOR
-        ranges.append((begin, min(begin + header.descriptor_sectors * SECTOR, file_size)))
+        size = min(header.descriptor_sectors * SECTOR, MAX_DESCRIPTOR)
+        # A size that can't be must not forbid the tables behind the directories.
+        ranges.append((begin, min([begin + size, *(first for first, _ in ranges if first > begin)])))
     return ranges
 
 
@@ -127,6 +133,8 @@ class HostedExtent(WritableSparseExtent):
         if header.zeroed_grains:
             self.zero_entry = _ZERO_GRAIN
         self._warned = False
+        #: Tables that are known to be named by both directories.
+        self._paired: set[int] = set()
         self._announced = False
         self._announce_lock = threading.Lock()
         if storage.writable:
@@ -146,10 +154,27 @@ class HostedExtent(WritableSparseExtent):
             return Kind.ZERO, 0
         raise self._bad_entry(entry, index, "points into the extent's own tables")
 
-    def _create_table(self, number: int) -> None:
-        places = self._places.reserve(number, self._allocator)
-        self.touched = True  # the file is longer, which must be durable before a directory names the place
-        self._places.enter(number, places)
+    def _create_table(self, number: int, content: bytes = b"") -> None:
+        directories = self._places.lacking(number)
+        places = self._places.reserve(directories, self._allocator)
+        if content:
+            for at in places:
+                self.storage.write(content, at)
+        self.touched = True  # what is behind a directory's entry must be durable before the entry
+        self._places.enter(number, directories, places)
+
+    def _table_for_change(self, number: int) -> "array[int]":
+        table = super()._table_for_change(number)
+        if number not in self._paired:
+            if self._places.lacking(number):
+                # One directory alone names the table, after a crash or by damage; other readers may know only
+                # the other one.  The second place gets what the table holds now: were it empty, a crash
+                # between the writes of the next commit would leave a directory that leads to nothing.
+                table = self._tables.pin(number)
+                self._create_table(number, self._tables.encode(table))
+                self._tables.mark_dirty(number)
+            self._paired.add(number)
+        return table
 
     def announce(self) -> None:
         """Set uncleanShutdown; see commit.Member."""

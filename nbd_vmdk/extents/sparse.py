@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from nbd_vmdk.alloc import Allocator
-from nbd_vmdk.errors import BadField, FormatError, StorageError
+from nbd_vmdk.errors import BadField, FormatError, VmdkError
 from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.pages import Pages
@@ -231,7 +231,7 @@ class WritableSparseExtent(SparseExtent):
                     self._write_partial(buf[:count], within, at, index, below)
                 else:
                     self.storage.write(buf[:count], at)
-            except StorageError:
+            except VmdkError:
                 # No table names the space yet; what did get written there is released with the next commit.
                 self._freed += range(at, at + grains * grain, grain)
                 raise

@@ -99,7 +99,7 @@ class GrainTables(ABC):
             assert entries is not None, "a directory has all its pages"
             last = min(slot + limit - found, self.directory.per_page)
             first = entries[slot]
-            end = slot + 1
+            end = last if entries is self.directory.empty else slot + 1
             step = self._step if first else 0
             while end < last and entries[end] == first + (end - slot) * step:
                 end += 1

@@ -27,6 +27,10 @@ _ZERO_RANGE = 0x10
 #: The file system has no such call at all: it is not asked a second time.
 _NEVER = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY})
 
+#: The descriptor of a file that was closed: every call says EBADF, as an OSError, which some of Python's do not
+#: for -1.
+_CLOSED = 0x7FFFFFFF
+
 #: What is written where nothing faster works.  calloc'ed and only read, it occupies no memory.
 _ZEROS = bytes(MIB)
 
@@ -218,8 +222,8 @@ class LocalFile(Storage):
         return locks.probe(self._fd)
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
+        fd, self._fd = self._fd, _CLOSED
+        if fd != _CLOSED:
             os.close(fd)
 
     def _too_far(self, doing: str) -> StorageError:

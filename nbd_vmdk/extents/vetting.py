@@ -1,0 +1,144 @@
+"""Whether a hosted extent that was not closed cleanly may be written: the fast part of a check.
+
+Whoever writes trusts the tables.  An entry that names the place of a table, or a place behind the end of the
+file where the next new grain will go, turns that trust into damage elsewhere.  So before the first write both
+directories and all tables are looked at once.
+
+A crash leaves none of what is refused here: data come before tables, tables before directories, and the file
+is lengthened before all.  What a crash does leave is let through: a table that differs from its twin, and an
+entry that one of the directories lacks.  Grains that share a place are not looked for: `nbd-vmdk check` does.
+
+Without numpy, which takes longer to import than most images take to be looked at: reading runs of tables and
+comparing whole tables is the work, and Python's max() and min() do the rest.
+"""
+
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Final
+
+from nbd_vmdk.errors import BadField
+from nbd_vmdk.ondisk.hosted import HostedHeader, check_directory
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import MIB, SECTOR, align_up
+
+#: Tables that follow each other are read together, as many bytes as this.
+_READ: Final = MIB
+_HINT: Final = (
+    "nbd-vmdk check {file} tells more, nbd-vmdk repair {file} shows what can be mended; or read it with -r"
+)
+
+
+def quick_check(storage: Storage, header: HostedHeader) -> None:
+    """Look at the directories and tables of an uncompressed hosted extent; ``header`` is its own.
+
+    Takes 0.2 ms for an image of 1 GiB, 30 ms for 100 GiB, and for 2000 GiB 0.2 s if it is empty, 1 s if it is
+    full.  Raises BadField for the first thing that makes writing dangerous, and what check_directory raises.
+    """
+    check_directory(header, storage.size, storage.name)
+    length = align_up(header.entries_per_table * 4, SECTOR) // SECTOR
+    directories = {"grain directory": header.directory_at}
+    if header.redundant_at is not None:
+        directories["redundant directory"] = header.redundant_at
+    places: dict[str, array[int]] = {}
+    for name, at in directories.items():
+        entries = places[name] = _words(storage.read(at, header.directory_entries * 4))
+        last = storage.size // SECTOR - length
+        for number, entry in enumerate(entries):
+            if entry and not 0 < entry <= last:
+                raise _bad(storage, f"entry {number} of the {name}", entry, "no grain table can be there")
+    taken = _metadata(storage, header, places.values(), length)
+    _check_entries(storage, header, places["grain directory"], taken)
+
+
+def _words(raw: bytes) -> "array[int]":
+    words = array("I", raw)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words
+
+
+def _bad(storage: Storage, field: str, value: int, why: str) -> BadField:
+    return BadField(storage.name, field=field, value=value, why=why, hint=_HINT.format(file=storage.name))
+
+
+def _metadata(
+    storage: Storage, header: HostedHeader, directories: "Iterable[array[int]]", length: int
+) -> list[tuple[int, int]]:
+    """Where header, descriptor, directories and tables lie, in sectors, in order; none may lie on another."""
+    area = align_up(header.directory_entries * 4, SECTOR) // SECTOR
+    taken = [(0, 1), (header.directory_sector, header.directory_sector + area)]
+    if header.redundant_at is not None:
+        taken.append((header.redundant_sector, header.redundant_sector + area))
+    if header.descriptor_sector:
+        first = header.descriptor_sector
+        taken.append((first, first + header.descriptor_sectors))
+    taken += [(entry, entry + length) for entries in directories for entry in entries if entry]
+    taken.sort()
+    for (_, end), (begin, _) in pairwise(taken):
+        if begin < end:
+            raise _bad(storage, "a grain table's place", begin, "another table or a directory lies there")
+    return taken
+
+
+def _check_entries(
+    storage: Storage, header: HostedHeader, directory: "array[int]", taken: list[tuple[int, int]]
+) -> None:
+    """Every entry must be a code, or name a place for a whole grain: behind the overhead, on no table."""
+    lowest = max(header.overhead_sectors, 2)
+    grain = header.grain_sectors
+    sectors = storage.size // SECTOR
+    last_grain = (header.capacity_sectors - 1) // grain
+    # Tables that were made later lie among the grains.
+    behind = [(begin, end) for begin, end in taken if end > lowest]
+    for number, table in _tables(storage, header, directory):
+        high, low = max(table), min(filter(None, table))
+        if high + grain > sectors or low < lowest:
+            for slot, entry in enumerate(table):
+                index = number * header.entries_per_table + slot
+                # Of the last grain only the part is needed that the guest can see.
+                need = header.capacity_sectors - index * grain if index == last_grain else grain
+                if entry > 1 and index <= last_grain and not lowest <= entry <= sectors - need:
+                    why = "no grain can be there"
+                    raise _bad(storage, f"the table entry of grain {index}", entry, why)
+        if behind and low < behind[-1][1] and high + grain > behind[0][0]:
+            _refuse_over_tables(storage, number, sorted(table), grain, behind)
+
+
+def _refuse_over_tables(
+    storage: Storage, number: int, entries: list[int], grain: int, taken: list[tuple[int, int]]
+) -> None:
+    for begin, end in taken:
+        at = bisect_left(entries, max(begin - grain + 1, 2))
+        if at < len(entries) and entries[at] < end:
+            field = f"an entry of grain table {number}"
+            raise _bad(storage, field, entries[at], "another table or a directory lies there")
+
+
+def _tables(
+    storage: Storage, header: HostedHeader, directory: "array[int]"
+) -> "Iterator[tuple[int, array[int]]]":
+    """The tables that are not all zeros, by number; those that follow each other are read together."""
+    length = header.entries_per_table * 4
+    empty = bytes(length)
+    most = max(_READ // length, 1)
+    first = 0
+    while first < len(directory):
+        if not directory[first]:
+            first += 1
+            continue
+        count = 1
+        while (
+            count < most
+            and first + count < len(directory)
+            and directory[first + count] * SECTOR == directory[first] * SECTOR + count * length
+        ):
+            count += 1
+        raw = memoryview(storage.read(directory[first] * SECTOR, count * length))
+        for at in range(count):
+            piece = raw[at * length : (at + 1) * length]
+            if piece != empty:
+                yield first + at, _words(piece.tobytes())
+        first += count
