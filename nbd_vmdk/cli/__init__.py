@@ -17,9 +17,11 @@ import click
 
 from nbd_vmdk import __version__
 from nbd_vmdk.cli import output
+from nbd_vmdk.cli.check import check
 from nbd_vmdk.cli.doctor import doctor
 from nbd_vmdk.cli.info import info
 from nbd_vmdk.cli.map import map_
+from nbd_vmdk.cli.repair import repair
 from nbd_vmdk.cli.serve import serve
 from nbd_vmdk.errors import OptionError, StorageError, VmdkError
 
@@ -49,7 +51,7 @@ def root() -> None:
     """Put any VMware virtual disk (VMDK) on the network with NBD, in place, without converting it."""
 
 
-for _verb in (serve, info, map_, doctor):
+for _verb in (serve, info, map_, check, repair, doctor):
     root.add_command(_verb)
 
 

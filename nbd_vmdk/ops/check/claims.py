@@ -1,0 +1,126 @@
+"""Who uses which part of a file: grains that share a place, and places that nobody uses.
+
+Two grains of g sectors overlap exactly if their starts differ by less than g.  So the file is divided into
+bins of g sectors, and each bin remembers where in it a grain starts, if one does.  A second start in a bin is
+an overlap; and neighbouring bins overlap if the later start is nearer to its bin's begin.  That is exact
+wherever grains lie, and costs a byte or two for each grain's room of the file.  Files with more bins than
+memory is spent on are looked at in several passes, each over all tables and a part of the file.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from nbd_vmdk.ops.check.scan import Numbers
+
+#: Bins of one pass: 64 MiB of memory for grains of 64 KiB, of which they cover 4 TiB of file.
+_MAX_BINS: Final = 1 << 26
+#: Bins looked at together when all are filled.
+_PIECE: Final = 1 << 20
+#: Conflicting places that are remembered; more are only counted.
+_MAX_CONFLICTS: Final = 1 << 16
+#: Gaps that are remembered.
+_MAX_GAPS: Final = 1 << 16
+
+
+class Claims:
+    """The starts of all grains in one part of a file, in sectors.
+
+    ``unit`` is a grain's length in the file.  Conflicts are remembered as bins; who is in them is for the
+    caller to find out by looking at the tables again.
+    """
+
+    def __init__(self, unit: int, first: int, sectors: int) -> None:
+        self.unit = unit
+        self.first = first
+        self.end = first + sectors
+        dtype = np.uint8 if unit < 1 << 8 else np.uint16 if unit < 1 << 16 else np.uint32
+        # Zero is no start, so a start is kept plus one: one bin more at the end is never used.
+        self._bins = np.zeros(-(-sectors // unit) + 1, dtype=dtype)
+        #: The last bin of the part before this one.
+        self._before = 0
+        self._phase: set[int] = set()
+        self._conflicts: set[int] = set()
+
+    @classmethod
+    def passes(cls, unit: int, sectors: int) -> Iterator["Claims"]:
+        """The claims of each part of a file of ``sectors``, one after the other."""
+        step = _MAX_BINS * unit
+        before = 0
+        for first in range(0, max(sectors, 1), step):
+            part = cls(unit, first, min(step, sectors - first))
+            part._before = before
+            yield part
+            before = int(part._bins[-2])
+
+    def add(self, starts: Numbers) -> None:
+        """Enter grains; those outside this part of the file are passed over."""
+        if not len(starts):
+            return
+        low, high = int(starts.min()), int(starts.max())
+        if low < self.first or high >= self.end:
+            starts = starts[(starts >= self.first) & (starts < self.end)]
+            if not len(starts):
+                return
+        if self.first:
+            starts = starts - starts.dtype.type(self.first)
+        bins = starts // starts.dtype.type(self.unit)
+        within = starts - bins * starts.dtype.type(self.unit)
+        if len(self._phase) < 2:
+            self._phase.update((int(within.min()), int(within.max())))
+        taken = self._bins[bins] != 0
+        if taken.any():
+            self._note(bins[taken])
+        if not (bins[1:] > bins[:-1]).all():
+            ordered = np.sort(bins)
+            self._note(ordered[1:][ordered[1:] == ordered[:-1]])
+        self._bins[bins] = within + 1
+
+    def _note(self, bins: Numbers) -> None:
+        for each in np.unique(bins)[:_MAX_CONFLICTS].tolist():
+            if len(self._conflicts) < _MAX_CONFLICTS:
+                self._conflicts.add(each)
+
+    def conflicts(self) -> list[int]:
+        """The bins, counted from the begin of the file, in which grains overlap; called once, at the end."""
+        if len(self._phase) > 1:  # else all grains are in step, and can only meet in one bin
+            for at in range(0, len(self._bins) - 1, _PIECE):
+                piece = self._bins[at : at + _PIECE + 1]
+                near = (piece[1:] != 0) & np.less(piece[1:], piece[:-1])
+                self._note(np.flatnonzero(near) + at + 1)
+        if 0 < int(self._bins[0]) < self._before:
+            self._note(np.zeros(1, dtype=np.int64))
+        skipped = self.first // self.unit
+        return sorted(each + skipped for each in self._conflicts)
+
+    def is_free(self, start: int) -> bool:
+        """Whether a grain at ``start``, which lies in this part, would overlap none that was entered."""
+        at, within = divmod(start - self.first, self.unit)
+        before = int(self._bins[at - 1]) - 1 if at else -1
+        after = int(self._bins[at + 1]) - 1
+        return not self._bins[at] and before <= within and (after < 0 or after >= within)
+
+    def gaps(self, begins: Numbers, ends: Numbers, reached: int) -> tuple[list[tuple[int, int]], int]:
+        """Where room for a grain or more is used by nothing, [begin, end); how far the last thing reaches.
+
+        ``begins`` and ``ends`` are what else lies in the file; ``reached`` is where the search starts, or the
+        answer of the part before this one.  Of very many gaps not all are told.
+        """
+        found: list[tuple[int, int]] = []
+        for at in range(0, len(self._bins), _PIECE):
+            piece = self._bins[at : at + _PIECE]
+            used = np.flatnonzero(piece)
+            starts = (used + at) * self.unit + piece[used].astype(np.int64) - 1 + self.first
+            low = at * self.unit + self.first
+            high = min(low + _PIECE * self.unit, self.end)
+            others = (ends > low) & (begins < high)
+            firsts = np.concatenate((starts, begins[others]))
+            lasts = np.concatenate((starts + self.unit, ends[others]))
+            order = np.argsort(firsts, kind="stable")
+            reach = np.maximum.accumulate(np.concatenate(([reached], lasts[order])))
+            wide = np.flatnonzero(firsts[order] - reach[:-1] >= self.unit)
+            if len(found) < _MAX_GAPS:
+                found += zip(reach[wide].tolist(), firsts[order][wide].tolist(), strict=True)
+            reached = int(reach[-1])
+        return found, reached

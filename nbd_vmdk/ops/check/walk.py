@@ -1,0 +1,102 @@
+"""Walking a compressed extent from record to record, whatever its tables say.
+
+Each grain's record carries its guest sector and its length, so one leads to the next.  Nothing else of the
+file is believed; what the tables say is for others to compare with.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from nbd_vmdk.ondisk.hosted import HostedHeader
+from nbd_vmdk.ondisk.stream import GRAIN_MARKER, GrainRecord, MarkerType, MetadataRecord, parse_record
+from nbd_vmdk.ops.check.scan import Numbers
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.units import MIB, SECTOR, align_up
+
+#: In place of a sector: two records claim to be this grain.
+DISPUTED: Final = 0xFFFFFFFF
+_WINDOW: Final = MIB
+#: Zero sectors this near the end of the file are the end of the stream or padding, not damage.
+_END_PADDING: Final = 64 * 1024
+
+
+@dataclass(slots=True)
+class Walked:
+    """What was found: sectors of records by grain, in tables of ``per_table``; 0 where there is none.
+
+    ``whole`` says that the directory's own record was reached without meeting damage: then a grain without
+    a record is a hole.
+    """
+
+    per_table: int
+    tables: dict[int, Numbers] = field(default_factory=dict)
+    whole: bool = False
+
+    def enter(self, grain: int, sector: int) -> None:
+        """Note a record."""
+        number, slot = divmod(grain, self.per_table)
+        table = self.tables.get(number)
+        if table is None:
+            table = self.tables[number] = np.zeros(self.per_table, dtype=np.uint32)
+        table[slot] = DISPUTED if table[slot] else sector
+
+    def sector(self, grain: int) -> int | None:
+        """The sector of a grain's record, 0 if it is sure that there is none, None if that is not known."""
+        number, slot = divmod(grain, self.per_table)
+        table = self.tables.get(number)
+        found = 0 if table is None else int(table[slot])
+        if found == DISPUTED:
+            return None
+        return found or (0 if self.whole else None)
+
+
+def walk(storage: Storage, header: HostedHeader) -> Walked:
+    """Find all records.  The time is that of reading one sector a grain."""
+    found = Walked(header.entries_per_table)
+    size = storage.size
+    front = align_up(max((header.descriptor_sector + header.descriptor_sectors) * SECTOR, SECTOR), SECTOR)
+    at = max(header.overhead_sectors * SECTOR, front)
+    undamaged = at < size and _is_likely(storage.read(at, min(SECTOR, size - at)), header)
+    if not undamaged:
+        at = _next(storage, header, at - SECTOR, size)
+    while at < size:
+        record = parse_record(storage.read(at, min(SECTOR, size - at)), header)
+        match record:
+            case GrainRecord() if at + GRAIN_MARKER.size + record.size <= size:
+                found.enter(record.sector // header.grain_sectors, at // SECTOR)
+                at += record.length
+            case MetadataRecord(type=MarkerType.GRAIN_DIRECTORY) if undamaged:
+                found.whole = True
+                break
+            case MetadataRecord(type=MarkerType.END_OF_STREAM) if size - at <= _END_PADDING:
+                break
+            case MetadataRecord() if record.type is not MarkerType.END_OF_STREAM:
+                at += record.length
+            case _:
+                undamaged = False
+                at = _next(storage, header, at, size)
+    return found
+
+
+def _next(storage: Storage, header: HostedHeader, at: int, size: int) -> int:
+    """The next sector behind ``at`` that can be a record, or the end of the file."""
+    at += SECTOR
+    while at < size:
+        window = storage.read(at, min(_WINDOW, size - at))
+        for offset in range(0, len(window), SECTOR):
+            if _is_likely(window[offset : offset + SECTOR], header):
+                return at + offset
+        at += len(window)
+    return size
+
+
+def _is_likely(sector: bytes, header: HostedHeader) -> bool:
+    """Stricter than parsing, for a sector found by searching: a grain must begin like a zlib stream."""
+    if not any(sector[: GRAIN_MARKER.size + 4]):
+        return False
+    record = parse_record(sector, header)
+    if isinstance(record, GrainRecord):
+        return len(sector) > 13 and sector[12] & 0x0F == 8 and (sector[12] << 8 | sector[13]) % 31 == 0
+    return record is not None and record.type is not MarkerType.END_OF_STREAM

@@ -1,0 +1,122 @@
+"""The fast part of a check, before an image that was not closed cleanly is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.extents.vetting import quick_check
+from nbd_vmdk.ondisk.hosted import parse_header
+from nbd_vmdk.storage.memory import MemoryStorage
+from tests.breaking import BREAKS, CONTENT, Break, sparse
+from tests.images import desc, peek, poke
+from tests.images.content import SECTOR
+from tests.images.desc import Image
+
+#: What may not be written; everything else of a hosted extent is harmless, or not looked for.
+DANGEROUS = {
+    "gde-past-end",
+    "gde-in-header",
+    "gde-doubled",
+    "gde-overlaps",
+    "gde-moved",
+    "gde-both",
+    "gde-alone",
+    "rgde-past-end",
+    "rgde-same",
+    "gd-offset",
+    "rgd-offset",
+    "gd-offset-irregular",
+    "gd-offset-alone",
+    "text-area",
+    "overhead",
+    "gt-garbage",
+    "gte-past-end",
+    "gte-low",
+    "gte-past-end-both",
+    "gte-low-both",
+    "gte-past-end-child",
+    "cut-visible",
+    "over-tables",
+    "text-among-grains",
+    "overhead-last",
+}
+#: Breaks of other kinds, and of descriptors in files of their own.
+_OTHERS = (
+    "stream",
+    "footer",
+    "record",
+    "cowd",
+    "se-",
+    "flat",
+    "parent",
+    "renamed",
+    "missing",
+    "other",
+    "called",
+)
+_TEXTS = ("named", "line", "no-extents", "cid", "long-cid", "tracking", "gd-at-end")
+HOSTED = [broken for broken in BREAKS if not broken.name.startswith((*_OTHERS, *_TEXTS))]
+
+
+def vet(path: str) -> None:
+    storage = MemoryStorage(peek(path, 0, os.path.getsize(path)), path)
+    quick_check(storage, parse_header(storage.read(0, SECTOR), path))
+
+
+@pytest.mark.parametrize("broken", HOSTED, ids=lambda broken: broken.name)
+def test_dangerous_damage_is_refused(tmp_path: Path, broken: Break) -> None:
+    image = broken.build(str(tmp_path))
+    broken.damage(image)
+    if broken.name not in DANGEROUS:
+        try:
+            parse_header(peek(image.path, 0, SECTOR), image.path)
+        except VmdkError:
+            return  # it can't even be opened
+        vet(image.path)
+        return
+    with pytest.raises(VmdkError) as caught:
+        vet(image.path)
+    assert caught.value.file == image.path
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"zero_gte": True},
+        {"rgd": False},
+        {"preallocate_tables": False},
+        {"tables_last": True},
+        {"shuffle_grains": 3},
+        {"misalign": 3},
+        {"gap_sectors": 5},
+        {"gtes": 64},
+        {"grain_sectors": 1},
+        {"descriptor_sectors": 3},
+        {"overhead": 0},
+    ],
+)
+def test_sound_images_pass(tmp_path: Path, options: dict[str, int]) -> None:
+    vet(desc.monolithic_sparse(str(tmp_path), "disk", CONTENT, **({"grain_sectors": 8} | options)).path)
+
+
+def lacking(image: Image, *, redundant: bool) -> None:
+    extent = image.hosted()
+    poke(image.path, extent.gde_at(1, redundant=redundant), bytes(4))
+
+
+@pytest.mark.parametrize("redundant", [False, True])
+def test_what_a_crash_leaves_passes(tmp_path: Path, redundant: bool) -> None:
+    """One directory has a table and the other not yet, a table is newer than its twin, the mark is set."""
+    image = sparse(str(tmp_path))
+    extent = image.hosted()
+    lacking(image, redundant=redundant)
+    for grain in sorted(extent.grains)[:5]:
+        poke(image.path, extent.gte_at(grain, redundant=redundant), bytes(4))
+    poke(image.path, 72, b"\1")
+    vet(image.path)
