@@ -1,0 +1,23 @@
+"""Fixtures for tests of every folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from tests.corpus import Entry, unpack
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Entry], str]:
+    """Unpacks an entry of the corpus (see tests/corpus.py) and gives the path of the file to open.
+
+    Tests share the files, so they are only to be read.
+    """
+    base = tmp_path_factory.getbasetemp()
+    # xdist's processes have folders of their own in the one of the run.
+    where = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "corpus"
+    where.mkdir(exist_ok=True)
+    return lambda entry: unpack(entry, str(where))
