@@ -108,7 +108,7 @@ class Disk:
             link = self.links[depth]
             room = link.size - offset
             if room <= 0:
-                break  # past the end of a parent that is smaller: zeros
+                return (Kind.HOLE, length, None, 0), None  # past the end of a smaller parent: zeros
             mapping = link.map(offset, min(length, room))
             if mapping[0] is not Kind.HOLE:
                 return mapping, depth
@@ -210,12 +210,11 @@ class Disk:
 
     def _mappings(self, offset: int, length: int, first: int) -> Iterator[tuple[Mapping, int | None]]:
         """The mappings of a range in full detail, from link ``first`` down."""
-        if first == len(self.links) or offset >= self.links[first].size:
-            if length:
-                yield self._nobody(offset, length), None
+        if first == len(self.links):
+            yield self._nobody(offset, length), None
             return
         link = self.links[first]
-        inside = min(length, link.size - offset)
+        inside = max(min(length, link.size - offset), 0)
         at = offset
         for mapping in link.runs(offset, inside):
             if mapping[0] is Kind.HOLE:

@@ -7,7 +7,7 @@ the next link (see disk.py).  Opening one is opener.py's work.
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -106,7 +106,7 @@ class Link:
     @property
     def actual_size(self) -> int:
         """Bytes that all its files really occupy."""
-        return sum(storage.allocated for storage in self.storages)
+        return occupied(self.storages)
 
     def _map(self, offset: int, length: int) -> Mapping:
         index = bisect_right(self._starts, offset) - 1
@@ -222,6 +222,14 @@ class Link:
         """Let go of all its files."""
         for storage in self.storages:
             storage.close()
+
+
+def occupied(storages: Iterable[Storage]) -> int:
+    """Bytes that files really occupy, each counted once; the members of an archive are the archive's."""
+    files: dict[tuple[int, ...], Storage] = {}
+    for storage in storages:
+        files.setdefault(storage.identity[:2], storage)
+    return sum(storage.allocated for storage in files.values())
 
 
 def _shifted(below: Below | None, start: int) -> Below | None:

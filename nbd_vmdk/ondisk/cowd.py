@@ -16,11 +16,8 @@ FLAG_INCONSISTENT: Final = 4
 
 _HEADER: Final = struct.Struct("<4sIIIIIII")
 _SIZE: Final = 2048
-_PARENT_AT: Final = 32
-_PARENT_SIZE: Final = 1024
 _UNCLEAN: Final = struct.Struct("<I")
 _UNCLEAN_AT: Final = 1648
-_FLAG_ROOT: Final = 1
 _MAX_GRAIN_SECTORS: Final = MIB // SECTOR
 _MAX_VERSION: Final = 1
 
@@ -75,12 +72,3 @@ def parse_header(data: bytes, file: str) -> CowdHeader:
         free_sector=free,
         unclean=bool(_UNCLEAN.unpack_from(data, _UNCLEAN_AT)[0]),
     )
-
-
-def parent_name(data: bytes) -> str | None:
-    """The parent that an old Workstation or GSX child names in its header; ESX leaves it empty."""
-    flags = _HEADER.unpack_from(data)[2]
-    if flags & _FLAG_ROOT:
-        return None
-    raw = data[_PARENT_AT : _PARENT_AT + _PARENT_SIZE].split(b"\0", 1)[0]
-    return raw.decode("utf-8", "replace") or None

@@ -17,12 +17,11 @@ from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
-from nbd_vmdk.link import Link
+from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
 from nbd_vmdk.opener import read_descriptor
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import MIB, SECTOR
@@ -80,7 +79,7 @@ def _of_links(links: Sequence[Link]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "format": "vmdk",
         "virtual-size": top.size,
-        "actual-size": _occupied(links),
+        "actual-size": occupied(storage for link in links for storage in link.storages),
     }
     if top.grain:
         facts["cluster-size"] = top.grain
@@ -99,15 +98,6 @@ def _of_links(links: Sequence[Link]) -> dict[str, Any]:
     facts["chain"] = [_in_chain(link, links[depth + 1 :]) for depth, link in enumerate(links)]
     facts["warnings"] = [warning for link in links for warning in link.warnings]
     return facts
-
-
-def _occupied(links: Sequence[Link]) -> int:
-    """Bytes that all files of all links occupy, each file counted once."""
-    files: dict[tuple[int, ...], Storage] = {}
-    for link in links:
-        for storage in link.storages:
-            files.setdefault(storage.identity, storage)
-    return sum(storage.allocated for storage in files.values())
 
 
 def _content_ids(descriptor: Descriptor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _ZERO_RANGE = 0x10
 #: The file system has no such call at all: it is not asked a second time.
 _NEVER = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY})
 
-#: The descriptor of a file that was closed: every call says EBADF, as an OSError, which some of Python's do not
+#: The descriptor of a file that was closed: every call says EBADF, as an OSError, which some calls do not
 #: for -1.
 _CLOSED = 0x7FFFFFFF
 
