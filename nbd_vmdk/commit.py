@@ -128,12 +128,17 @@ class Committer:
     def _start_timer(self) -> None:
         with self._condition:
             if self._timer is None and not self._closed:
-                self._timer = threading.Timer(_MAX_AGE, self._on_timer)
-                self._timer.daemon = True
-                self._timer.start()
+                timer = threading.Timer(_MAX_AGE, self._on_timer)
+                timer.daemon = True
+                try:
+                    timer.start()
+                except RuntimeError:
+                    return  # no thread to be had now; the next write tries again
+                self._timer = timer
 
     def _on_timer(self) -> None:
-        self._timer = None
+        with self._condition:
+            self._timer = None
         try:
             self.flush()
         except VmdkError as error:

@@ -26,7 +26,6 @@ from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.flat import FlatExtent, LostExtent, ZeroExtent
 from nbd_vmdk.extents.hosted import HostedExtent, check_grain_area
-from nbd_vmdk.extents.salvage import SalvagedExtent
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.extents.vetting import quick_check
@@ -45,7 +44,6 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.locks import vmware_lock
-from nbd_vmdk.storage.tar import TarFolder, open_tar
 from nbd_vmdk.units import SECTOR, align_up
 
 _SPARSE_KINDS = (FileKind.HOSTED, FileKind.COWD, FileKind.SESPARSE)
@@ -197,6 +195,8 @@ def _refusal(opening: _Opening, name: str, storage: Storage, kind: FileKind, hea
 
 def _open_archive(opening: _Opening, storage: Storage) -> Link:
     """The only disk of an OVA, read inside the archive."""
+    from nbd_vmdk.storage.tar import TarFolder, open_tar  # seldom needed, and slow to import
+
     if isinstance(opening.folder, TarFolder):
         raise NotVmdk(storage.name, what="an archive inside an archive", hint="unpack the outer one first")
     folder = open_tar(storage, storage.name)
@@ -464,8 +464,11 @@ def _open_hosted(
 ) -> Extent:
     size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
     if header.compressed:
-        kind = SalvagedExtent if opening.options.salvage else StreamExtent
-        return kind(storage, header, opening.cache, size=size)
+        if opening.options.salvage:
+            from nbd_vmdk.extents.salvage import SalvagedExtent  # seldom needed, and slow to import
+
+            return SalvagedExtent(storage, header, opening.cache, size=size)
+        return StreamExtent(storage, header, opening.cache, size=size)
     if header.directory_at_end:
         raise BadField(
             storage.name, field="gdOffset", value="in a footer", why="only compressed extents have a footer"
