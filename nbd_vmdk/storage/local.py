@@ -151,7 +151,10 @@ class LocalFile(Storage):
             if number in _NEVER:
                 self._can[mode] = False
                 return False
-            if number == errno.EINVAL:  # a device wants whole sectors
+            # EINVAL: a device wants whole sectors.  ENOSPC: a full file system may not be able to note what
+            # it was asked to, and ext4 has dropped the cached pages by then, with all that was not synced;
+            # writing zeros puts something definite there, and mostly needs no space.
+            if number in (errno.EINVAL, errno.ENOSPC):
                 return False
             if number != errno.EINTR:
                 raise StorageError.of(OSError(number, os.strerror(number)), self.name, f"zero at byte {at}")

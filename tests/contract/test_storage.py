@@ -418,9 +418,17 @@ def test_a_missing_call_is_tried_once(
     assert storage.read(0, 21) == bytes(20) + DATA[20:21]
 
 
-def test_zeroing_without_space_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroing_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros are written where marking a range as zeros finds no space; where that fails too, it is told."""
     storage = local_file(tmp_path / "file", DATA)
     monkeypatch.setattr(local, "_libc_fallocate", lambda: refuse(errno.ENOSPC))
+    storage.zero(0, 10)
+    assert storage.read(0, 11) == bytes(10) + DATA[10:11]
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local.os, "pwrite", full)
     with pytest.raises(StorageError) as caught:
         storage.zero(0, 10)
     assert caught.value.errno == errno.ENOSPC
