@@ -19,7 +19,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import nbdkit
 
-from nbd_vmdk import __version__
+from nbd_vmdk import __version__, ending
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.errors import OptionError, VmdkError
@@ -71,6 +71,9 @@ _MAX_RUNS = 16384
 #: Errors of requests that are logged in full in each period of so many seconds.
 _LOGGED, _PERIOD = 10, 10.0
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+#: nbdkit's options of one letter that take a value.
+_VALUED = frozenset("DegipPtuU")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -162,22 +165,26 @@ def _nbdkit_is_read_only() -> bool:
     """Tell whether nbdkit was started with -r.
 
     Its Python plugin is only told when a client connects, which is too late: opening for writing takes locks
-    and may be refused.  So the command line is looked at, up to the plugin's name.
+    and may be refused.  So the command line is looked at, as nbdkit itself reads it.
     """
     try:
         with builtins.open("/proc/self/cmdline", "rb") as file:
-            words = file.read().split(b"\0")[1:]
+            words = iter([os.fsdecode(word) for word in file.read().split(b"\0")[1:-1]])
     except OSError:
         return False
     for word in words:
-        if word in (b"python", b"--") or word.endswith((b"plugin.so", b".py")):
-            return False
-        if word in (b"-r", b"--readonly", b"--read-only"):
+        if word == "--":
+            break
+        if word.startswith("--re"):  # --readonly and --read-only; nbdkit has no other
             return True
-        letters = word[1:]
-        # Options without arguments that may stand in one word, such as -fr.
-        if word[:1] == b"-" and b"r" in letters and not letters.strip(b"fnorsvV"):
-            return True
+        if word.startswith("-") and not word.startswith("--"):
+            # Letters may stand together, and a value with its letter or behind it: -frU, -U/tmp/r, -e -r.
+            letters = word[1:]
+            valued = next((at for at, letter in enumerate(letters) if letter in _VALUED), len(letters))
+            if "r" in letters[:valued]:
+                return True
+            if valued == len(letters) - 1:
+                next(words, None)
     return False
 
 
@@ -272,7 +279,8 @@ def get_ready() -> None:
 
 
 def after_fork() -> None:
-    """Start nothing: the engine's only thread starts with the first write."""
+    """Begin to wait for the signal to end; threads must not be started earlier."""
+    ending.watch(nbdkit.shutdown)
 
 
 def cleanup() -> None:
@@ -280,12 +288,18 @@ def cleanup() -> None:
     disk, _plugin.disk = _plugin.disk, None
     if disk is None:
         return
+    closed = False
     try:
         disk.close()
+        closed = True
     except VmdkError as error:
         sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
-        sys.stderr.flush()
-        os._exit(1)
+    finally:
+        if not closed:
+            if not isinstance(sys.exc_info()[1], VmdkError | None):
+                traceback.print_exc()  # a bug
+            sys.stderr.flush()
+            os._exit(1)
 
 
 # Exports and connections.

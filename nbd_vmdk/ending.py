@@ -1,0 +1,88 @@
+"""Ending nbdkit while clients are connected.
+
+Told to end, nbdkit 1.32 takes no new connections and then waits until all that it has are closed, without a
+limit; a client that has nothing to say (a mounted file system, a virtual machine) never closes its own, so
+cleanup() would never come, and who waits for the server kills it in the end, with tables unwritten.
+
+So a thread of ours waits for the signals in nbdkit's place.  It asks nbdkit to shut down and then ends what
+can be received from each client, and only that: requests that have arrived are answered, then the reader
+finds the end of the stream and the connection is closed as if the client had done it.
+
+Clients are found by their sockets: connected ones whose own end has the address of a socket that listens.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: What nbdkit itself takes as a request to end.
+_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds between two looks for clients: one may have been accepted at the last moment.
+_AGAIN = 0.1
+#: Seconds after which a client that does not take its replies is not waited for any more.
+_PATIENCE = 10.0
+
+
+def watch(shutdown: Callable[[], None]) -> None:
+    """Begin to wait for a signal; called by the main thread before any connection is there.
+
+    ``shutdown`` is nbdkit's, which returns at once.  Threads made later inherit that the signals are blocked,
+    so that they all come to the one that waits.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=_wait, args=(shutdown,), name="ending", daemon=True).start()
+
+
+def _wait(shutdown: Callable[[], None]) -> None:
+    signal.sigwait(_SIGNALS)
+    shutdown()
+    end = time.monotonic() + _PATIENCE
+    while True:  # until the process ends
+        hang_up(socket.SHUT_RD if time.monotonic() < end else socket.SHUT_RDWR)
+        time.sleep(_AGAIN)
+
+
+def hang_up(how: int = socket.SHUT_RD) -> None:
+    """End what can be received from every client of this process, or all traffic with it."""
+    opened = _sockets()
+    try:
+        here = {_address(one) for one in opened if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)}
+        for one in opened:
+            if _address(one) in here and not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                try:
+                    one.shutdown(how)
+                except OSError:
+                    pass  # gone meanwhile
+    finally:
+        for one in opened:
+            one.close()
+
+
+def _sockets() -> list[socket.socket]:
+    """All stream sockets of this process, each by a descriptor of its own."""
+    found = []
+    try:
+        descriptors = os.listdir("/proc/self/fd")
+    except OSError:
+        descriptors = []  # no /proc here: it stays at nbdkit's own way
+    for fd in descriptors:
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                one = socket.socket(fileno=os.dup(int(fd)))
+                if one.type == socket.SOCK_STREAM:
+                    found.append(one)
+                else:
+                    one.close()
+        except OSError:
+            pass  # closed meanwhile
+    return found
+
+
+def _address(one: socket.socket) -> tuple[int, Any]:
+    """Family and name (unix) or port: a connection has the address it came in by, not the wildcard."""
+    name = one.getsockname()
+    return one.family, name[1] if isinstance(name, tuple) else name
