@@ -16,6 +16,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
@@ -26,6 +27,8 @@ from nbd_vmdk.units import MIB, SECTOR, align_up
 
 #: Tables that follow each other are read together, as many bytes as this.
 _READ: Final = MIB
+#: Tables of an extent of 64 TiB, as everybody makes them; a header may speak of sixteen times as many.
+_MOST_TABLES: Final = 1 << 21
 _HINT: Final = (
     "nbd-vmdk check {file} tells more, nbd-vmdk repair {file} shows what can be mended; or read it with -r"
 )
@@ -38,6 +41,9 @@ def quick_check(storage: Storage, header: HostedHeader) -> None:
     full.  Raises BadField for the first thing that makes writing dangerous, and what check_directory raises.
     """
     check_directory(header, storage.size, storage.name)
+    if header.directory_entries > _MOST_TABLES:
+        why = f"tables in it are looked at before writing, but not more than {_MOST_TABLES}"
+        raise _bad(storage, "the size of the grain directory", header.directory_entries, why)
     length = align_up(header.entries_per_table * 4, SECTOR) // SECTOR
     directories = {"grain directory": header.directory_at}
     if header.redundant_at is not None:
@@ -46,11 +52,13 @@ def quick_check(storage: Storage, header: HostedHeader) -> None:
     for name, at in directories.items():
         entries = places[name] = _words(storage.read(at, header.directory_entries * 4))
         last = storage.size // SECTOR - length
-        for number, entry in enumerate(entries):
-            if entry and not 0 < entry <= last:
-                raise _bad(storage, f"entry {number} of the {name}", entry, "no grain table can be there")
-    taken = _metadata(storage, header, places.values(), length)
-    _check_entries(storage, header, places["grain directory"], taken)
+        if max(entries, default=0) > last:
+            number = next(number for number, entry in enumerate(entries) if entry > last)
+            raise _bad(
+                storage, f"entry {number} of the {name}", entries[number], "no grain table can be there"
+            )
+    metadata = _metadata(storage, header, _ascending(places.values()), length)
+    _check_entries(storage, header, places["grain directory"], metadata)
 
 
 def _words(raw: bytes) -> "array[int]":
@@ -64,35 +72,61 @@ def _bad(storage: Storage, field: str, value: int, why: str) -> BadField:
     return BadField(storage.name, field=field, value=value, why=why, hint=_HINT.format(file=storage.name))
 
 
-def _metadata(
-    storage: Storage, header: HostedHeader, directories: "Iterable[array[int]]", length: int
-) -> list[tuple[int, int]]:
-    """Where header, descriptor, directories and tables lie, in sectors, in order; none may lie on another."""
+def _ascending(directories: "Iterable[array[int]]") -> "array[int]":
+    """Where all tables are, in order."""
+    found = array("I")
+    for entries in sorted(directories, key=lambda entries: next(filter(None, entries), 0)):
+        found.extend(filter(None, entries))
+    # As a list of integers it takes ten times the memory, and mostly both directories are in order.
+    return array("I", sorted(found)) if any(one > two for one, two in pairwise(found)) else found
+
+
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """What no grain may lie on: tables of ``length`` from each of ``tables``, and ``others``; in sectors."""
+
+    tables: "array[int]"
+    length: int
+    others: list[tuple[int, int]]
+
+    def tables_between(self, first: int, last: int) -> "array[int]":
+        """The tables of which some part lies in [first, last)."""
+        begin = bisect_left(self.tables, max(first - self.length + 1, 0))
+        return self.tables[begin : bisect_left(self.tables, last, begin)]
+
+    def meets(self, first: int, last: int) -> bool:
+        """Whether a table has some part in [first, last)."""
+        index = bisect_left(self.tables, max(first - self.length + 1, 0))
+        return index < len(self.tables) and self.tables[index] < last
+
+
+def _metadata(storage: Storage, header: HostedHeader, tables: "array[int]", length: int) -> _Metadata:
+    """Where header, descriptor, directories and tables lie; none may lie on another."""
     area = align_up(header.directory_entries * 4, SECTOR) // SECTOR
-    taken = [(0, 1), (header.directory_sector, header.directory_sector + area)]
+    others = [(0, 1), (header.directory_sector, header.directory_sector + area)]
     if header.redundant_at is not None:
-        taken.append((header.redundant_sector, header.redundant_sector + area))
+        others.append((header.redundant_sector, header.redundant_sector + area))
     if header.descriptor_sector:
         first = header.descriptor_sector
-        taken.append((first, first + header.descriptor_sectors))
-    taken += [(entry, entry + length) for entries in directories for entry in entries if entry]
-    taken.sort()
-    for (_, end), (begin, _) in pairwise(taken):
-        if begin < end:
-            raise _bad(storage, "a grain table's place", begin, "another table or a directory lies there")
-    return taken
+        others.append((first, first + header.descriptor_sectors))
+    others.sort()
+    found = _Metadata(tables, length, others)
+    twice = [two for one, two in pairwise(tables) if two - one < length]
+    twice += [begin for (_, end), (begin, _) in pairwise(others) if begin < end]
+    twice += [begin for begin, end in others if found.meets(begin, end)]
+    if twice:
+        raise _bad(storage, "a grain table's place", twice[0], "another table or a directory lies there")
+    return found
 
 
 def _check_entries(
-    storage: Storage, header: HostedHeader, directory: "array[int]", taken: list[tuple[int, int]]
+    storage: Storage, header: HostedHeader, directory: "array[int]", metadata: _Metadata
 ) -> None:
     """Every entry must be a code, or name a place for a whole grain: behind the overhead, on no table."""
     lowest = max(header.overhead_sectors, 2)
     grain = header.grain_sectors
     sectors = storage.size // SECTOR
     last_grain = (header.capacity_sectors - 1) // grain
-    # Tables that were made later lie among the grains.
-    behind = [(begin, end) for begin, end in taken if end > lowest]
     for number, table in _tables(storage, header, directory):
         high, low = max(table), min(filter(None, table))
         if high + grain > sectors or low < lowest:
@@ -103,18 +137,34 @@ def _check_entries(
                 if entry > 1 and index <= last_grain and not lowest <= entry <= sectors - need:
                     why = "no grain can be there"
                     raise _bad(storage, f"the table entry of grain {index}", entry, why)
-        if behind and low < behind[-1][1] and high + grain > behind[0][0]:
-            _refuse_over_tables(storage, number, sorted(table), grain, behind)
+        # Tables that were made later lie among the grains.
+        near = metadata.tables_between(max(low, lowest), high + grain)
+        others = [(begin, end) for begin, end in metadata.others if end > lowest and begin < high + grain]
+        if near or others:
+            _refuse_over_tables(storage, number, table, grain, metadata, near, others)
 
 
 def _refuse_over_tables(
-    storage: Storage, number: int, entries: list[int], grain: int, taken: list[tuple[int, int]]
+    storage: Storage,
+    number: int,
+    table: "array[int]",
+    grain: int,
+    metadata: _Metadata,
+    near: "array[int]",
+    others: list[tuple[int, int]],
 ) -> None:
-    for begin, end in taken:
-        at = bisect_left(entries, max(begin - grain + 1, 2))
-        if at < len(entries) and entries[at] < end:
-            field = f"an entry of grain table {number}"
-            raise _bad(storage, field, entries[at], "another table or a directory lies there")
+    entries = [entry for entry in sorted(table) if entry > 1]
+    if len(near) < len(entries):
+        others = [*others, *((begin, begin + metadata.length) for begin in near)]
+        bad = []
+    else:
+        bad = [entry for entry in entries if metadata.meets(entry, entry + grain)]
+    for begin, end in others:
+        at = bisect_left(entries, begin - grain + 1)
+        bad += entries[at : at + 1] if at < len(entries) and entries[at] < end else []
+    if bad:
+        field = f"an entry of grain table {number}"
+        raise _bad(storage, field, bad[0], "another table or a directory lies there")
 
 
 def _tables(
