@@ -11,19 +11,23 @@ ARGS ?=
 PYTEST ?=
 JOBS ?= 2
 FUZZ_SECONDS ?= 14400
+CRASH_STATES ?= 1000000
+SOAK_SECONDS ?= 300
+QUICK ?=
+BENCH ?=
 
 export IMAGE
 
 # One thing after the other: there are two cores, and the tests say the last word.
 .NOTPARALLEL:
 
-.PHONY: help setup serve test lint fuzz fuzz-short pytest clean
+.PHONY: help setup serve test lint fuzz fuzz-short pytest soak crash-soak bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo
 	@echo "IMAGE=disk.vmdk   the image to serve (without it: a demo disk that is made first)"
-	@echo "ARGS='-r'         more options for serve; PYTEST='-k name' for test"
+	@echo "ARGS='-r'         more options for serve; PYTEST='-k name' for test; BENCH='--help' for bench"
 
 setup: .venv/.ready ## system packages where missing, and .venv
 	@:
@@ -53,6 +57,18 @@ fuzz: .venv/.ready ## fuzzing for hours: FUZZ_SECONDS=14400
 
 pytest: .venv/.ready ## the tests alone
 	$(BIN)/pytest -n $(JOBS) $(PYTEST)
+
+soak: .venv/.ready ## many clients at once for minutes: SOAK_SECONDS=300
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests/failing/test_stress.py $(PYTEST)
+
+crash-soak: .venv/.ready ## power cuts for an hour or more: CRASH_STATES=1000000
+	$(BIN)/python -m tests.crash.soak --states $(CRASH_STATES) --jobs $(JOBS)
+
+bench: .venv/.bench ## measure against qemu-nbd: an hour; QUICK=1: three minutes
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(BENCH)
+
+.venv/.bench: scripts/bench-setup pyproject.toml | .venv/.ready
+	@scripts/bench-setup
 
 clean: ## remove all that make has made here
 	rm -rf .venv .demo .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
