@@ -97,6 +97,14 @@ class Disk:
     # Reading.
 
     def _map(self, offset: int, length: int) -> Mapping:
+        shortcuts = self._shortcuts
+        if shortcuts is not None and not shortcuts.first:
+            # Nearly every request of a chain that is only read ends here.
+            depth, count = shortcuts.reach(offset, length)
+            if depth < len(self.links) and offset + count <= self.links[depth].size:
+                mapping = self.links[depth].map(offset, count)
+                if mapping[0] is not Kind.HOLE:
+                    return mapping
         return self._map_from(offset, length, 0)[0]
 
     def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:

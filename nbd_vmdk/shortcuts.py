@@ -40,6 +40,10 @@ class Shortcuts:
         """
         unit = offset >> _UNIT_BITS
         last = (offset + length - 1) >> _UNIT_BITS
+        if unit == last:
+            page = self._cache.young.get(self._key + (unit >> _PAGE_BITS))
+            if page is not None and (found := page[unit & _SLOT]):
+                return found - 1, length
         depth = self._depth(unit)
         while unit < last and self._depth(unit + 1) == depth:
             unit += 1
