@@ -13,6 +13,7 @@ import contextlib
 import gc
 import hashlib
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -65,6 +66,9 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz, or replay findings."""
     options = _options(arguments)
+    # What the engine logs of odd images would drown what is found.
+    logging.getLogger("nbd_vmdk").addHandler(logging.NullHandler())
+    logging.getLogger("nbd_vmdk").propagate = False
     if options.replay:
         return _replay(options.replay)
     if importlib.util.find_spec("atheris") is None:
