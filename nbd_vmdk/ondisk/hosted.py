@@ -31,8 +31,9 @@ NEWLINES: Final = b"\n \r\n"
 
 #: Byte offset of the uncleanShutdown flag in the header.
 UNCLEAN_AT: Final = 72
-#: Entries are 32-bit sector numbers, so no grain can start beyond this byte.
-MAX_GRAIN_AT: Final = 0xFFFFFFFF * SECTOR
+#: Entries are 32-bit sector numbers, so no grain or table can start beyond this sector, or this byte.
+MAX_ENTRY: Final = 0xFFFFFFFF
+MAX_GRAIN_AT: Final = MAX_ENTRY * SECTOR
 
 _HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH433x")
 _MAX_GRAIN_SECTORS: Final = 0x200000

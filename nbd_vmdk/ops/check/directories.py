@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, HostedHeader
+from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, MAX_ENTRY, HostedHeader
 from nbd_vmdk.ops.check.context import NOT_INVENTED, Space, Subject
 from nbd_vmdk.ops.check.findings import Copy, Repair, Resize, Stage
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, merged, overlapping, read_words, touching
@@ -235,6 +235,8 @@ class Directories:
             if space.blocked is not None:
                 return space.blocked
             sector = space.take(length) // SECTOR
+            if sector > MAX_ENTRY:
+                return "there is no room for a copy that an entry could name"
             changes.append(Resize(self.subject.file, (sector + self._step) * SECTOR))
         source = int(sound.entries[number]) * SECTOR
         return Repair(

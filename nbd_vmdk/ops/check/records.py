@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from nbd_vmdk.ondisk.hosted import GD_AT_END, HostedHeader
+from nbd_vmdk.ondisk.hosted import GD_AT_END, MAX_ENTRY, HostedHeader
 from nbd_vmdk.ondisk.stream import GRAIN_MARKER, MarkerType
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.entries import Rules
@@ -94,7 +94,7 @@ class Records:
         sector = begin // SECTOR
         length = align_up(header.entries_per_table * 4, SECTOR) // SECTOR
         for number, entries in sorted(walked.tables.items()):
-            if (entries == DISPUTED).any():
+            if (entries == DISPUTED).any() or sector >= MAX_ENTRY:
                 return None
             if number < header.directory_entries:
                 pieces += (metadata_marker(MarkerType.GRAIN_TABLE, length), _padded(entries))

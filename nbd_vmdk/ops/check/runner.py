@@ -17,7 +17,7 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
-from nbd_vmdk.storage.tar import open_tar
+from nbd_vmdk.storage.tar import TarFolder, open_tar
 from nbd_vmdk.units import MIB
 
 _MAX_SIBLINGS: Final = 1000
@@ -103,26 +103,34 @@ def check_in(
     context = Context(data=data, progress=progress)
     report = Report(folder.label(name), data=data)
     archive = _archive(folder, name)
-    if archive is not None:
-        folder, name = archive
-    _Chain(context, report, folder, name, options, probe=probe).run()
-    if not context.findings.errors:
-        _open_all(context, folder, name, options)
+    try:
+        if archive is not None:
+            folder, name = archive
+        _Chain(context, report, folder, name, options, probe=probe).run()
+        if not context.findings.errors:
+            _open_all(context, folder, name, options)
+    finally:
+        if archive is not None:
+            archive[0].close()
     report.findings = context.findings.all()
     return report
 
 
-def _archive(folder: Folder, name: str) -> tuple[Folder, str] | None:
+def _archive(folder: Folder, name: str) -> tuple[TarFolder, str] | None:
     """The only disk of an archive, None for what is no archive."""
     storage = folder.open(name)
-    if identify(storage.read(0, min(PROBE_LENGTH, storage.size))) is not FileKind.TAR:
+    try:
+        if identify(storage.read(0, min(PROBE_LENGTH, storage.size))) is not FileKind.TAR:
+            storage.close()
+            return None
+        inside = open_tar(storage, storage.name)
+        disks = [member for member in inside.names() if member.lower().endswith(".vmdk")]
+        if len(disks) != 1:
+            # Opening says what is wrong with it.
+            open_link(folder, name, OpenOptions(locks=False), Cache(MIB), writable=False).close()
+    except BaseException:
         storage.close()
-        return None
-    inside = open_tar(storage, storage.name)
-    disks = [member for member in inside.names() if member.lower().endswith(".vmdk")]
-    if len(disks) != 1:
-        # Opening says what is wrong with it.
-        open_link(folder, name, OpenOptions(locks=False), Cache(MIB), writable=False).close()
+        raise
     return inside, disks[0]
 
 
