@@ -51,7 +51,8 @@ _PASSED = {
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def _clean(text: str) -> str:
+def printable(text: str) -> str:
+    """``text`` on one line and without anything that a terminal or a log would obey."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -74,13 +75,13 @@ class VmdkError(Exception):
     ) -> None:
         self.file = None if file is None else os.fspath(file)
         self.fields = fields
-        self.message = _clean(self.template.format_map(fields))
+        self.message = printable(self.template.format_map(fields))
         self.hint = hint
         if hint is None and self.hint_template is not None:
             self.hint = self.hint_template.format_map(fields | {"file": self.file})
         if self.hint is not None:
-            self.hint = _clean(self.hint)
-        super().__init__(self.message if self.file is None else f"{_clean(self.file)}: {self.message}")
+            self.hint = printable(self.hint)
+        super().__init__(self.message if self.file is None else f"{printable(self.file)}: {self.message}")
 
     def as_dict(self) -> dict[str, object]:
         """The error for ``--json``: slug, file, message, hint."""

@@ -22,7 +22,7 @@ import nbdkit
 from nbd_vmdk import __version__, ending
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import OptionError, VmdkError
+from nbd_vmdk.errors import OptionError, VmdkError, printable
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.threadstates import KeptStates
@@ -117,7 +117,7 @@ class Plugin:
             self.file, writable=not self.read_only, allow_dirs=tuple(self.allow_dirs), **self.options
         )
         for warning in self.disk.warnings:
-            sys.stderr.write(f"warning: {warning}\n")
+            sys.stderr.write(f"warning: {printable(warning)}\n")
         sys.stderr.flush()
 
     @property

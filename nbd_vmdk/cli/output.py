@@ -7,14 +7,13 @@ as escapes, so that none reaches a terminal.
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import TextIO
 
 import click
 
-from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.errors import VmdkError, printable
 
 #: The version of the layout of all JSON that the command line prints.
 SCHEMA = 1
@@ -22,7 +21,6 @@ SCHEMA = 1
 #: Where warnings go, the engine's own and the verbs': the handler below shows them.
 log = logging.getLogger("nbd_vmdk")
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 
 
@@ -43,7 +41,7 @@ def abandon() -> None:
 
 def clean(text: str) -> str:
     """``text`` on one line and without anything that a terminal would obey."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return printable(text)
 
 
 def colourful(stream: TextIO) -> bool:
