@@ -67,7 +67,6 @@ def checks() -> Iterator[Check]:
                 yield _our_plugin(program)
     yield _numpy()
     yield _codec("deflate", "inflates compressed grains, 2-3 times as fast as zlib")
-    yield _codec("isal", "deflates compressed grains, 4-12 times as fast as zlib")
     yield _libnbd()
     yield _program("nbdcopy", "libnbd-bin", "copies disks to and from a server")
     yield _program("nbdinfo", "libnbd-bin", "tells what a server offers")
@@ -146,8 +145,8 @@ def _our_plugin(program: str) -> Check:
 def _numpy() -> Check:
     version = _version_of("numpy")
     if version is None:
-        return Check("numpy", False, False, "not installed: works on whole tables at once", f"{_PIP} numpy")
-    return Check("numpy", True, False, f"{version}, works on whole tables at once")
+        return Check("numpy", False, True, "not installed: check and repair need it", f"{_PIP} numpy")
+    return Check("numpy", True, True, f"{version}, for check and repair")
 
 
 def _codec(name: str, what: str) -> Check:
