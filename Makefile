@@ -21,7 +21,7 @@ export IMAGE
 # One thing after the other: there are two cores, and the tests say the last word.
 .NOTPARALLEL:
 
-.PHONY: help setup serve test lint fuzz fuzz-short pytest soak crash-soak bench clean
+.PHONY: help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,7 +55,10 @@ fuzz-short: .venv/.ready ## a minute of fuzzing
 fuzz: .venv/.ready ## fuzzing for hours: FUZZ_SECONDS=14400
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
-pytest: .venv/.ready ## the tests alone
+guest: ## what the tests with a Linux guest need: QEMU, a kernel (cached)
+	@scripts/guest-setup >/dev/null
+
+pytest: .venv/.ready guest ## the tests alone
 	$(BIN)/pytest -n $(JOBS) $(PYTEST)
 
 soak: .venv/.ready ## many clients at once for minutes: SOAK_SECONDS=300
