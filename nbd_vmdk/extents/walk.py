@@ -52,7 +52,7 @@ def walk_records(storage: Storage, header: HostedHeader, tables: SalvagedTables)
     walk = Walk(at // SECTOR if _is_start(storage, header, at) else None)
     if walk.start is None:
         walk.damaged = True
-        at = _next_record(storage, header, at - SECTOR, size)
+        at = next_record(storage, header, at - SECTOR, size)
     walk.suspects.add(at // SECTOR)
     #: The table that came last, None if it is not known; and to which tables the grains since then belong.
     previous = None if walk.start is None else -1
@@ -80,7 +80,7 @@ def walk_records(storage: Storage, header: HostedHeader, tables: SalvagedTables)
             case _:
                 # Damage, or a hole that a failed writer left.
                 previous, walk.damaged = None, True
-                at = _next_record(storage, header, at, size)
+                at = next_record(storage, header, at, size)
                 walk.suspects.add(at // SECTOR)
                 continue
         at += record.length
@@ -138,7 +138,7 @@ def _is_padding(storage: Storage, at: int, size: int) -> bool:
     return True
 
 
-def _next_record(storage: Storage, header: HostedHeader, at: int, size: int) -> int:
+def next_record(storage: Storage, header: HostedHeader, at: int, size: int) -> int:
     """The next sector behind ``at`` that can be a record, or the end of the file; holes are passed over."""
     at += SECTOR
     stop, window = at, _FIRST_WINDOW
@@ -150,14 +150,14 @@ def _next_record(storage: Storage, header: HostedHeader, at: int, size: int) -> 
             data = storage.read(at, min(window, align_up(stop, SECTOR) - at, size - at))
             for offset in range(0, len(data), SECTOR):
                 sector = data[offset : offset + SECTOR]
-                if any(sector[:16]) and _plausible(parse_record(sector, header), sector):
+                if any(sector[:16]) and is_plausible(parse_record(sector, header), sector):
                     return at + offset
             at += len(data)
             window = min(2 * window, _WINDOW)
     return size
 
 
-def _plausible(record: GrainRecord | MetadataRecord | None, sector: bytes) -> bool:
+def is_plausible(record: GrainRecord | MetadataRecord | None, sector: bytes) -> bool:
     """Stricter than parsing, for a sector found by searching: a grain must begin like a zlib stream."""
     if isinstance(record, GrainRecord):
         return len(sector) > 13 and sector[12] & 0x0F == 8 and (sector[12] << 8 | sector[13]) % 31 == 0

@@ -260,7 +260,7 @@ def test_large_files_are_looked_at_in_parts(
     """With little memory for who uses what, the same is found in several passes."""
     broken = next(broken for broken in BREAKS if broken.name == name)
     image = broken.build(str(tmp_path))
-    monkeypatch.setattr("nbd_vmdk.ops.check.claims._MAX_BINS", 40)
+    monkeypatch.setattr("nbd_vmdk.ops.check.claims._MAX_BYTES", 40)
     assert not told(check_image(image.path))
     broken.damage(image)
     few = told(check_image(image.path))

@@ -4,7 +4,8 @@ Two grains of g sectors overlap exactly if their starts differ by less than g.  
 bins of g sectors, and each bin remembers where in it a grain starts, if one does.  A second start in a bin is
 an overlap; and neighbouring bins overlap if the later start is nearer to its bin's begin.  That is exact
 wherever grains lie, and costs a byte or two for each grain's room of the file.  Files with more bins than
-memory is spent on are looked at in several passes, each over all tables and a part of the file.
+memory is spent on are looked at in several passes, each over all tables and a part of the file; parts and
+pieces of parts in which no grain starts cost nothing, so that a hole of terabytes is no work.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Final
 import numpy as np
 
 from nbd_vmdk.ops.check.scan import Numbers
+from nbd_vmdk.units import MIB
 
-#: Bins of one pass: 64 MiB of memory for grains of 64 KiB, of which they cover 4 TiB of file.
-_MAX_BINS: Final = 1 << 26
+#: Memory for the bins of one pass: for grains of 64 KiB that covers 4 TiB of file.
+_MAX_BYTES: Final = 64 * MIB
 #: Bins looked at together when all are filled.
 _PIECE: Final = 1 << 20
 #: Conflicting places that are remembered; more are only counted.
@@ -31,28 +33,39 @@ class Claims:
     caller to find out by looking at the tables again.
     """
 
-    def __init__(self, unit: int, first: int, sectors: int) -> None:
+    def __init__(self, unit: int, sectors: int, part: int = 0) -> None:
         self.unit = unit
-        self.first = first
-        self.end = first + sectors
-        dtype = np.uint8 if unit < 1 << 8 else np.uint16 if unit < 1 << 16 else np.uint32
+        dtype = np.dtype(np.uint8 if unit < 1 << 8 else np.uint16 if unit < 1 << 16 else np.uint32)
+        self._part = part
+        self._step = _MAX_BYTES // dtype.itemsize * unit
+        self.first = part * self._step
+        self.end = min(self.first + self._step, max(sectors, self.first))
         # Zero is no start, so a start is kept plus one: one bin more at the end is never used.
-        self._bins = np.zeros(-(-sectors // unit) + 1, dtype=dtype)
-        #: The last bin of the part before this one.
-        self._before = 0
+        self._bins = np.zeros(-(-(self.end - self.first) // unit) + 1, dtype=dtype)
+        self._touched: set[int] = set()
+        #: The last bin of the part directly before this one, and how far the file was searched for gaps.
+        self._before = self._searched = 0
+        #: Later parts, in which grains were seen to start.
+        self._others: set[int] = set()
         self._phase: set[int] = set()
         self._conflicts: set[int] = set()
 
     @classmethod
     def passes(cls, unit: int, sectors: int) -> Iterator["Claims"]:
-        """The claims of each part of a file of ``sectors``, one after the other."""
-        step = _MAX_BINS * unit
-        before = 0
-        for first in range(0, max(sectors, 1), step):
-            part = cls(unit, first, min(step, sectors - first))
-            part._before = before
+        """The claims of each part of a file of ``sectors`` in which grains start, one after the other.
+
+        Every one must have been given all grains before the next is asked for.
+        """
+        part = cls(unit, sectors)
+        yield part
+        while part._others:
+            following = cls(unit, sectors, min(part._others))
+            following._others = part._others - {following._part}
+            following._searched = part._searched
+            if following._part == part._part + 1:
+                following._before = int(part._bins[-2])
+            part = following
             yield part
-            before = int(part._bins[-2])
 
     def add(self, starts: Numbers) -> None:
         """Enter grains; those outside this part of the file are passed over."""
@@ -60,6 +73,8 @@ class Claims:
             return
         low, high = int(starts.min()), int(starts.max())
         if low < self.first or high >= self.end:
+            outside = starts[starts >= self.end]
+            self._others.update(np.unique(outside // outside.dtype.type(self._step)).tolist())
             starts = starts[(starts >= self.first) & (starts < self.end)]
             if not len(starts):
                 return
@@ -69,6 +84,11 @@ class Claims:
         within = starts - bins * starts.dtype.type(self.unit)
         if len(self._phase) < 2:
             self._phase.update((int(within.min()), int(within.max())))
+        low, high = int(bins.min()) // _PIECE, int(bins.max()) // _PIECE
+        if low == high:
+            self._touched.add(low)
+        else:
+            self._touched.update(np.unique(bins // bins.dtype.type(_PIECE)).tolist())
         taken = self._bins[bins] != 0
         if taken.any():
             self._note(bins[taken])
@@ -85,17 +105,21 @@ class Claims:
     def conflicts(self) -> list[int]:
         """The bins, counted from the begin of the file, in which grains overlap; called once, at the end."""
         if len(self._phase) > 1:  # else all grains are in step, and can only meet in one bin
-            for at in range(0, len(self._bins) - 1, _PIECE):
-                piece = self._bins[at : at + _PIECE + 1]
-                near = (piece[1:] != 0) & np.less(piece[1:], piece[:-1])
-                self._note(np.flatnonzero(near) + at + 1)
+            for number in sorted(self._touched):
+                at = number * _PIECE
+                before = self._bins[at - 1] if at else 0
+                piece = self._bins[at : at + _PIECE]
+                near = (piece != 0) & np.less(piece, np.concatenate(([before], piece[:-1])))
+                self._note(np.flatnonzero(near) + at)
         if 0 < int(self._bins[0]) < self._before:
             self._note(np.zeros(1, dtype=np.int64))
         skipped = self.first // self.unit
         return sorted(each + skipped for each in self._conflicts)
 
     def is_free(self, start: int) -> bool:
-        """Whether a grain at ``start``, which lies in this part, would overlap none that was entered."""
+        """Whether it is known that a grain at ``start`` would overlap none that was entered."""
+        if not self.first <= start < self.end:
+            return False
         at, within = divmod(start - self.first, self.unit)
         before = int(self._bins[at - 1]) - 1 if at else -1
         after = int(self._bins[at + 1]) - 1
@@ -105,16 +129,22 @@ class Claims:
         """Where room for a grain or more is used by nothing, [begin, end); how far the last thing reaches.
 
         ``begins`` and ``ends`` are what else lies in the file; ``reached`` is where the search starts, or the
-        answer of the part before this one.  Of very many gaps not all are told.
+        answer of the part before this one.  Of very many gaps not all are told; where grains overlap, not
+        exactly.
         """
         found: list[tuple[int, int]] = []
-        for at in range(0, len(self._bins), _PIECE):
-            piece = self._bins[at : at + _PIECE]
+        for number in [*sorted(self._touched), None]:
+            if number is None and self._others:
+                break  # what else lies behind the last grain is looked at with the last part
+            at = 0 if number is None else number * _PIECE
+            piece = self._bins[:0] if number is None else self._bins[at : at + _PIECE]
             used = np.flatnonzero(piece)
             starts = (used + at) * self.unit + piece[used].astype(np.int64) - 1 + self.first
-            low = at * self.unit + self.first
-            high = min(low + _PIECE * self.unit, self.end)
-            others = (ends > low) & (begins < high)
+            others = ends > self._searched
+            if number is not None:
+                high = min((at + _PIECE) * self.unit + self.first, self.end)
+                others &= begins < high
+                self._searched = high
             firsts = np.concatenate((starts, begins[others]))
             lasts = np.concatenate((starts + self.unit, ends[others]))
             order = np.argsort(firsts, kind="stable")

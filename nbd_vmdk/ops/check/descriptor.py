@@ -13,7 +13,7 @@ from nbd_vmdk.ondisk.descriptor import (
     last_component,
     random_cid,
 )
-from nbd_vmdk.ondisk.hosted import HostedHeader
+from nbd_vmdk.ondisk.hosted import MAX_DESCRIPTOR, HostedHeader
 from nbd_vmdk.opener import read_descriptor
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.findings import Repair, Stage, Text
@@ -100,7 +100,8 @@ def report_lost(
         repair: Repair | str = "the header has no place for one"
         if there is not None:
             at = there.descriptor_sector * SECTOR
-            area = subject.storage.read(at, there.descriptor_sectors * SECTOR)
+            length = min(there.descriptor_sectors * SECTOR, MAX_DESCRIPTOR, subject.storage.size - at)
+            area = subject.storage.read(at, length)
             repair = _rebuilt(subject, there, folder, name, area)
         subject.error("descriptor-lost", what, effect, repair, at=at)
         return

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from nbd_vmdk.ondisk.hosted import MAX_GRAIN_AT
 from nbd_vmdk.ops.check.claims import Claims
 from nbd_vmdk.ops.check.context import Space, Subject
 from nbd_vmdk.ops.check.findings import Change, Copy, Repair, Resize, Stage
@@ -247,11 +248,13 @@ def report_shared(
 
 def _own_copy(
     rules: Rules, copies: tuple[TableSet | None, ...], grain: int, sector: int, space: Space
-) -> Repair:
+) -> Repair | str:
     """Give a grain, which shares its place, a place of its own."""
     subject = rules.subject
     length = rules.unit * SECTOR
     free = space.take(align_up(length, space.align))
+    if free + length > MAX_GRAIN_AT:
+        return "the file is as large as its tables can address"
     changes: list[Change] = [
         Copy(subject.file, Stage.CONTENT, free, sector * SECTOR, length),
         Resize(subject.file, free + length),

@@ -9,15 +9,15 @@ from typing import Final
 
 import numpy as np
 
+from nbd_vmdk.extents.walk import first_place, is_plausible, next_record
 from nbd_vmdk.ondisk.hosted import HostedHeader
 from nbd_vmdk.ondisk.stream import GRAIN_MARKER, GrainRecord, MarkerType, MetadataRecord, parse_record
 from nbd_vmdk.ops.check.scan import Numbers
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.units import MIB, SECTOR, align_up
+from nbd_vmdk.units import SECTOR
 
 #: In place of a sector: two records claim to be this grain.
 DISPUTED: Final = 0xFFFFFFFF
-_WINDOW: Final = MIB
 #: Zero sectors this near the end of the file are the end of the stream or padding, not damage.
 _END_PADDING: Final = 64 * 1024
 
@@ -56,11 +56,10 @@ def walk(storage: Storage, header: HostedHeader) -> Walked:
     """Find all records.  The time is that of reading one sector a grain."""
     found = Walked(header.entries_per_table)
     size = storage.size
-    front = align_up(max((header.descriptor_sector + header.descriptor_sectors) * SECTOR, SECTOR), SECTOR)
-    at = max(header.overhead_sectors * SECTOR, front)
+    at = first_place(header)
     undamaged = at < size and _is_likely(storage.read(at, min(SECTOR, size - at)), header)
     if not undamaged:
-        at = _next(storage, header, at - SECTOR, size)
+        at = next_record(storage, header, at - SECTOR, size)
     while at < size:
         record = parse_record(storage.read(at, min(SECTOR, size - at)), header)
         match record:
@@ -76,27 +75,10 @@ def walk(storage: Storage, header: HostedHeader) -> Walked:
                 at += record.length
             case _:
                 undamaged = False
-                at = _next(storage, header, at, size)
+                at = next_record(storage, header, at, size)
     return found
 
 
-def _next(storage: Storage, header: HostedHeader, at: int, size: int) -> int:
-    """The next sector behind ``at`` that can be a record, or the end of the file."""
-    at += SECTOR
-    while at < size:
-        window = storage.read(at, min(_WINDOW, size - at))
-        for offset in range(0, len(window), SECTOR):
-            if _is_likely(window[offset : offset + SECTOR], header):
-                return at + offset
-        at += len(window)
-    return size
-
-
 def _is_likely(sector: bytes, header: HostedHeader) -> bool:
-    """Stricter than parsing, for a sector found by searching: a grain must begin like a zlib stream."""
-    if not any(sector[: GRAIN_MARKER.size + 4]):
-        return False
-    record = parse_record(sector, header)
-    if isinstance(record, GrainRecord):
-        return len(sector) > 13 and sector[12] & 0x0F == 8 and (sector[12] << 8 | sector[13]) % 31 == 0
-    return record is not None and record.type is not MarkerType.END_OF_STREAM
+    """Whether a sector that nothing leads to looks like a record."""
+    return any(sector[:16]) and is_plausible(parse_record(sector, header), sector)
