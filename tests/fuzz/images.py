@@ -33,7 +33,7 @@ MAX_RUNS = 400
 
 def fuzz_image(data: bytes) -> None:
     """One file, whose bytes are the input."""
-    with _folder() as folder:
+    with folder_for_images() as folder:
         path = os.path.join(folder, "fuzz.vmdk")
         with open(path, "wb") as file:
             file.write(data)
@@ -43,14 +43,15 @@ def fuzz_image(data: bytes) -> None:
 def fuzz_files(data: bytes) -> None:
     """Several files (case.py), the first of which is opened."""
     files = case.decode(data)
-    with _folder() as folder:
+    with folder_for_images() as folder:
         paths = [file.write(folder) for file in files]
         if paths and paths[0] is not None:
             _open_every_way(paths[0], data)
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[str]:
+def folder_for_images() -> Iterator[str]:
+    """A folder for one input, removed at the end."""
     # In memory where that is possible: what is fuzzed are the bytes, not the disk below.
     base = os.environ.get("NBD_VMDK_FUZZ_DIR") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     folder = tempfile.mkdtemp(prefix="nbd-vmdk-fuzz-", dir=base)

@@ -383,4 +383,5 @@ SEEDS: dict[str, Callable[[], dict[str, bytes]]] = {
     "tar": archives,
     "image": images,
     "files": cases,
+    "check": cases,
 }

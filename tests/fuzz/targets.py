@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.fuzz import case
+from tests.fuzz.checks import fuzz_check
 from tests.fuzz.images import fuzz_files, fuzz_image
-from tests.fuzz.limits import limited
+from tests.fuzz.limits import MEMORY, limited
 from tests.fuzz.parsers import (
     Plain,
     fuzz_descriptor,
@@ -37,10 +38,11 @@ class Target:
     weight: int = 1
     mutate: Callable[[bytes, int, int, Plain], bytes] | None = None
     words: tuple[bytes, ...] = ()
+    memory: int = MEMORY
 
     def __call__(self, data: bytes) -> None:
         """Run one input within bounds."""
-        with limited():
+        with limited(memory=self.memory):
             self.run(data)
 
 
@@ -63,5 +65,7 @@ TARGETS = {
         Target("tar", fuzz_tar, 64 * KIB, 1, mutate_tar),
         Target("image", fuzz_image, 64 * KIB, 3, None, _IMAGE_WORDS + _DESCRIPTOR_WORDS),
         Target("files", fuzz_files, 64 * KIB, 4, case.mutate),
+        # Looking at a directory as a whole takes some arrays of its length, which may be millions of entries.
+        Target("check", fuzz_check, 64 * KIB, 4, case.mutate, memory=4 * MEMORY),
     )
 }
