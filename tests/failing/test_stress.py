@@ -23,6 +23,7 @@ Serve = Callable[..., Nbdkit]
 _TESTS = 2 * len(KINDS)
 SECONDS = float(os.environ.get("SOAK_SECONDS", str(1.2 * _TESTS))) / _TESTS
 CONNECTIONS = 8
+_UNCLEAN = "it was not closed cleanly the last time it was written"
 #: How long the clients go on until all is looked at from end to end.
 PERIOD = 3.0
 
@@ -60,7 +61,9 @@ def test_clients_meet(serve: Serve, tmp_path: Any, kind: str, mix: str) -> None:
             kill(server)
         else:
             assert server.stop() == 0
-        assert not server.errors
+        # What a crash has left stays marked until it is repaired, and that is warned of.
+        said = [line for line in server.errors.splitlines() if not (turn > 1 and _UNCLEAN in line)]
+        assert not said
         case.survived()
         case.sound(clean=turn == 0)
         turn += 1
