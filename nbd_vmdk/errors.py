@@ -17,12 +17,17 @@ The text lives on the class; a call site hands over the file and the fields, not
     ├── TrustError            a file that the image names, and may not have          EPERM
     ├── StorageError          the operating system said no                           its errno
     │   ├── FileMissing
+    │   ├── FileExists        a new file would take the place of another
     │   └── Latched           an earlier sync failed: nothing is promised any more   EIO
     ├── InUse                 another process holds the image                        EIO, exit 5
     ├── WriteRefused          writing here would break something, or is not possible EPERM
     ├── OutOfRange            a request beyond the disk's end                        EINVAL
+    │   └── InputTooLong      more to be written than there is room for
+    ├── InputTooShort         less to be written than was said                       EIO
     ├── NotFast               a zero that would not be faster than writing           ENOTSUP
+    ├── Difference            two disks that should be equal are not                 EIO, exit 3
     ├── ServerError           nbdkit could not be started, or ended unasked          EIO
+    ├── NbdError              an NBD server said no, or the connection to it is lost the server's
     └── OptionError           what the user asked for makes no sense                 EINVAL, exit 2
 
 ``str(error)`` is one line, ``FILE: what is wrong``; ``error.hint`` is what to do, or None.  ``errno`` is
@@ -204,6 +209,15 @@ class FileMissing(StorageError):
     template = "no such file"
 
 
+class FileExists(StorageError):
+    """A file is where a new one should be.  Fields: none."""
+
+    slug = "file-exists"
+    errno = _errno.EPERM
+    template = "it is there already, and nothing is overwritten"
+    hint_template = "choose another name, or move it away first"
+
+
 class Latched(StorageError):
     """A sync failed earlier, so nothing can be promised any more.  Fields: first (that error)."""
 
@@ -235,6 +249,20 @@ class OutOfRange(VmdkError):
     template = "request of {length} bytes at {offset} is outside the disk of {size} bytes"
 
 
+class InputTooLong(OutOfRange):
+    """What is to be written does not end where the disk does.  Fields: got (bytes written), size."""
+
+    slug = "input-too-long"
+    template = "the input goes on where the disk ends, at {size} bytes: {got} bytes were written, and no more"
+
+
+class InputTooShort(VmdkError):
+    """What is to be written ends before the length that was asked for.  Fields: got (written), length."""
+
+    slug = "input-too-short"
+    template = "the input ended after {got} of {length} bytes, which were written"
+
+
 class NotFast(VmdkError):
     """Zeroing this range would be no faster than writing it.  Fields: none."""
 
@@ -243,10 +271,34 @@ class NotFast(VmdkError):
     template = "zeroing would not be fast"
 
 
+class Difference(VmdkError):
+    """A copy that does not have the bytes of its source.  Fields: offset (guest, bytes)."""
+
+    slug = "differs"
+    exit_code = 3
+    template = "differs from its source at byte {offset}"
+
+
 class ServerError(VmdkError):
     """The server could not be started, did not answer, or ended without being asked.  Fields: why."""
 
     slug = "server"
+
+
+class NbdError(VmdkError):
+    """An NBD server said no, or can't be reached, or the connection to it was lost.  Fields: why.
+
+    ``file`` is the URI.  ``errno`` is what the server said, ENOTCONN once the connection is lost.
+    """
+
+    slug = "nbd"
+
+    @classmethod
+    def of(cls, uri: str, why: str, number: int) -> "NbdError":
+        """The error with this ``errno``; EIO if there is none."""
+        made = cls(uri, why=why)
+        made.errno = number or _errno.EIO
+        return made
 
 
 class OptionError(VmdkError):
