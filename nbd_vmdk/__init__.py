@@ -15,10 +15,21 @@ from nbd_vmdk.errors import VmdkError
 if TYPE_CHECKING:
     from nbd_vmdk.disk import Disk, Run, open_disk
     from nbd_vmdk.extents.base import Kind
+    from nbd_vmdk.ops.create import create_image
     from nbd_vmdk.options import OpenOptions
     from nbd_vmdk.server import serve
 
-__all__ = ["Disk", "Kind", "OpenOptions", "Run", "VmdkError", "__version__", "open_disk", "serve"]
+__all__ = [
+    "Disk",
+    "Kind",
+    "OpenOptions",
+    "Run",
+    "VmdkError",
+    "__version__",
+    "create_image",
+    "open_disk",
+    "serve",
+]
 
 __version__ = "0.1.0"
 
@@ -27,6 +38,7 @@ _HOMES = {
     "Kind": "nbd_vmdk.extents.base",
     "OpenOptions": "nbd_vmdk.options",
     "Run": "nbd_vmdk.disk",
+    "create_image": "nbd_vmdk.ops.create",
     "open_disk": "nbd_vmdk.disk",
     "serve": "nbd_vmdk.server",
 }

@@ -18,6 +18,7 @@ import click
 from nbd_vmdk import __version__
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.check import check
+from nbd_vmdk.cli.create import create
 from nbd_vmdk.cli.doctor import doctor
 from nbd_vmdk.cli.info import info
 from nbd_vmdk.cli.map import map_
@@ -51,7 +52,7 @@ def root() -> None:
     """Put any VMware virtual disk (VMDK) on the network with NBD, in place, without converting it."""
 
 
-for _verb in (serve, info, map_, check, repair, doctor):
+for _verb in (serve, info, map_, create, check, repair, doctor):
     root.add_command(_verb)
 
 

@@ -1,0 +1,96 @@
+"""``nbd-vmdk create``: a new, empty image, a child of another one, or a disk put together from files."""
+
+from typing import Any
+
+import click
+
+from nbd_vmdk.cli import output
+from nbd_vmdk.cli.opening import json_option
+from nbd_vmdk.cli.progress import progress
+from nbd_vmdk.units import format_size, parse_size
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+@click.command(short_help="Make a new, empty image.")
+@click.option(
+    "--type",
+    "kind",
+    metavar="KIND",
+    help="monolithicSparse (the usual one), monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, "
+    "streamOptimized, vmfs, vmfsSparse or custom.",
+)
+@click.option(
+    "--for",
+    "product",
+    metavar="PRODUCT",
+    help="Choose what workstation, esxi, ova, qemu or virtualbox takes, and say why.",
+)
+@click.option("--parent", type=click.Path(), metavar="FILE", help="Make a child of FILE, of the same size.")
+@click.option("--adapter", metavar="NAME", help="ide, buslogic, lsilogic or legacyESX.  [default: lsilogic]")
+@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
+@click.option(
+    "--grain-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Unit of allocation.  [default: 64K; vmfsSparse: 512]",
+)
+@click.option(
+    "--extent-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Size of the pieces of twoGb kinds.  [default: 2047M]",
+)
+@click.option("--zeroed-grain", is_flag=True, help="Let tables say 'zeros' (version 2 of the header).")
+@click.option(
+    "--preallocation",
+    type=click.Choice(["off", "falloc", "full"]),
+    help="For flat kinds: take space as it is written, reserve it, or write it out.  vmfs with off is thin.",
+)
+@click.option(
+    "--extent",
+    "extents",
+    metavar="LINE",
+    multiple=True,
+    help="For custom: an extent as a descriptor has it, 'RW 2048 FLAT \"data.img\" 0', sizes in sectors. "
+    "The file is used as it is, or made if it is not there.  Repeat in the order of the disk.",
+)
+@click.option(
+    "--allow-dir",
+    "allow_dirs",
+    type=click.Path(),
+    metavar="DIR",
+    multiple=True,
+    help="Let the image and its parents name files in DIR, too.  May be repeated.",
+)
+@json_option
+@click.argument("image", type=click.Path())
+@click.argument("size", callback=_size, required=False)
+def create(image: str, size: int | None, as_json: bool, **options: Any) -> int:
+    """Make IMAGE, an empty disk of SIZE (20G, 512M, or bytes).
+
+    All its files appear at once, and none in the place of another.  With --parent, SIZE is the parent's; the
+    parent is only read, and must not be written from then on.
+    """
+    from nbd_vmdk.ops.create import create_image
+
+    with progress("writing zeros") as told:
+        made = create_image(image, size, progress=told, **options)
+    for warning in made.warnings:
+        output.message("warning", warning)
+    for note in made.notes:
+        output.message("note", note)
+    if as_json:
+        output.json_object(made.as_dict())
+        return 0
+    for file in made.files:
+        what = f"{made.create_type}, {format_size(made.size)}" if file is made.files[-1] else file.what
+        output.line(f"{output.clean(file.path)}: {what}")
+    return 0

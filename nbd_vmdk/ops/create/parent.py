@@ -1,0 +1,90 @@
+"""The parent of a new child link: opened for reading, looked at, kept as it is until the child is made."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from nbd_vmdk.chain import MAX_LINKS
+from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.errors import ChainTooDeep, InUse, OptionError, Unsupported
+from nbd_vmdk.ondisk.descriptor import NO_PARENT, is_absolute
+from nbd_vmdk.ops.create.options import CreateOptions
+from nbd_vmdk.storage.localfolder import LocalFolder
+from nbd_vmdk.storage.locks import vmware_lock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """What a child needs to know: ``hint`` is how it names its parent, ``depth`` counts what is below it."""
+
+    name: str
+    hint: str
+    size: int
+    cid: int
+    create_type: str
+    depth: int
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def held_parent(path: str, options: CreateOptions) -> Iterator[Parent | None]:
+    """The parent that a child at ``path`` will have, None if it has none; nobody writes it meanwhile.
+
+    Raises Unsupported for what can't be a parent, InUse while somebody writes it, ChainTooDeep, and all that
+    opening raises.
+    """
+    if options.parent is None:
+        yield None
+        return
+    # Its own folder is open to it; the way from one to the other is the child's matter.
+    with open_disk(options.parent, allow_dirs=options.allow_dirs) as disk:
+        yield _look(disk, path, options)
+
+
+def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
+    top = disk.links[0]
+    assert options.parent is not None
+    if top.descriptor is None:
+        raise Unsupported(
+            top.name, what="it has no descriptor, so no content ID that a child could hold on to"
+        )
+    if top.cid is None or top.cid == NO_PARENT:
+        what = "it has no valid content ID, so it can't be a parent"
+        hint = None if top.cid is None else f"nbd-vmdk repair {top.name} gives it one"
+        raise Unsupported(top.name, what=what, hint=hint)
+    if not isinstance(top.folder, LocalFolder):
+        what = "a child can't name a parent inside an archive"
+        raise Unsupported(top.name, what=what, hint="unpack the archive first")
+    if len(disk.links) >= MAX_LINKS:
+        raise ChainTooDeep(top.name, why=f"{len(disk.links)} links are as many as there can be")
+    users = [vmware_lock(top.folder, os.path.basename(top.name)), *(file.writer() for file in top.storages)]
+    for user in users:
+        if user:
+            raise InUse(top.name, how=user, hint="a child needs a parent that nobody changes any more")
+    way = options.parent_hint
+    warnings = list(disk.warnings)
+    if way is None:
+        way = _way(os.path.dirname(path), os.fspath(options.parent))
+        if "/" in way:
+            where = os.path.dirname(os.path.realpath(options.parent))
+            warnings.append(f"the parent is in another folder: opening the child takes --allow-dir {where}")
+    return Parent(
+        name=top.name,
+        hint=way,
+        size=disk.size,
+        cid=top.cid,
+        create_type=top.create_type,
+        depth=len(disk.links),
+        warnings=warnings,
+    )
+
+
+def _way(folder: str, parent: str | bytes) -> str:
+    """The way from the child's folder to its parent, links resolved: it must hold wherever both are moved."""
+    real = os.fsdecode(os.path.realpath(parent))
+    way = os.path.relpath(real, os.path.realpath(folder or os.curdir))
+    if is_absolute(way):
+        why = "a name that begins with a backslash is taken for a path of Windows"
+        raise OptionError(real, why=why, hint="rename the parent first")
+    return way
