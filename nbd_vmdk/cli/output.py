@@ -25,7 +25,13 @@ _COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 
 
 def prepare() -> None:
-    """Let file names that are no valid text pass through as the bytes they are."""
+    """Let file names that are no valid text pass through as the bytes they are.
+
+    A stream that was closed before we came (``>&-``) takes what is written to nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it lives as long as we
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
