@@ -11,9 +11,14 @@ from nbd_vmdk.storage.base import Storage
 
 
 class Folder(ABC):
-    """A place whose files an image may name.  ``name`` is its path for messages."""
+    """A place whose files an image may name.
+
+    ``name`` is its path for messages.  ``read_only`` tells why no disk here can be written, None where that
+    is for the disk to say.
+    """
 
     name: str
+    read_only: str | None = None
 
     @abstractmethod
     def open(self, name: str, *, writable: bool = False) -> Storage:

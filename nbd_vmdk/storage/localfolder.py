@@ -56,6 +56,18 @@ class LocalFolder(Folder):
         gate.image = made.label(name) or image
         return made, name
 
+    @classmethod
+    def for_folder(
+        cls,
+        path: str | os.PathLike[str],
+        allow_dirs: Iterable[str | os.PathLike[str]] = (),
+        allow_devices: bool = False,
+    ) -> "LocalFolder":
+        """A folder that the user named, whose files are open to each other; raises as for_image does."""
+        made, _ = cls.for_image(os.path.join(path, os.curdir), allow_dirs, allow_devices)
+        made._gate.image = os.fspath(path)  # noqa: SLF001  what messages name; without the dot
+        return made
+
     def label(self, name: str) -> str:
         return name if self.name == os.curdir else os.path.join(self.name, name)
 

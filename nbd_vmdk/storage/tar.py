@@ -12,9 +12,10 @@ leads to them.
 
 import os
 import tarfile
+from collections.abc import Callable
 from typing import NamedTuple
 
-from nbd_vmdk.errors import FileMissing, FormatError, Truncated, Unsupported, WriteRefused
+from nbd_vmdk.errors import FileMissing, FormatError, NotVmdk, Truncated, Unsupported, WriteRefused
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.window import Window
@@ -54,11 +55,20 @@ class Member(NamedTuple):
 class TarFolder(Folder):
     """The files of an archive, or those below a folder in it.
 
-    ``members`` are all of them, in the archive's order.  ``archive`` stays open until ``close``, which is
-    for whoever called open_tar; closing a member does not close it.
+    ``members`` are all of them, in the archive's order.  Each is opened with an opening of the archive of
+    its own, by ``reopen``, and so lives and is locked by itself.  Where the bytes are at hand already
+    ``archive`` gives them to all, and stays open until ``close``.
     """
 
-    def __init__(self, archive: Storage, file: str, members: tuple[Member, ...], below: str = "") -> None:
+    read_only = "a disk inside an archive is served read-only"
+
+    def __init__(
+        self,
+        archive: Storage | Callable[[], Storage],
+        file: str,
+        members: tuple[Member, ...],
+        below: str = "",
+    ) -> None:
         self.name = f"{file}/{below}".rstrip("/")
         self.members = members
         self._archive = archive
@@ -76,7 +86,9 @@ class TarFolder(Folder):
                 why="a file in an archive can't be written: its manifest would no longer fit",
                 hint="to serve it without writing, add -r; to write, unpack the archive first",
             )
-        return Window(self._archive, member.offset, member.size, self.label(name))
+        if isinstance(self._archive, Storage):
+            return Window(self._archive, member.offset, member.size, self.label(name))
+        return Window(self._archive(), member.offset, member.size, self.label(name), own=True)
 
     def folder_of(self, name: str) -> "TarFolder":
         place = _resolve(self._below, name)
@@ -89,8 +101,9 @@ class TarFolder(Folder):
         return sorted(name[len(start) :] for name in self._found if name.startswith(start))
 
     def close(self) -> None:
-        """Close the archive, and with it all members."""
-        self._archive.close()
+        """Close the archive, if it is one for all members."""
+        if isinstance(self._archive, Storage):
+            self._archive.close()
 
 
 def is_tar(first_bytes: bytes) -> bool:
@@ -99,11 +112,35 @@ def is_tar(first_bytes: bytes) -> bool:
 
 
 def open_tar(storage: Storage, file: str) -> TarFolder:
-    """The members of the archive ``storage``, called ``file`` in messages.
+    """The archive ``storage``, called ``file`` in messages; it is the caller's until this returns.
 
     Raises FormatError for what is no sound archive, Truncated where it is cut off, Unsupported for sparse
-    members.  ``storage`` is the caller's until this returns.
+    members.
     """
+    return TarFolder(storage, file, list_members(storage, file))
+
+
+def tar_in(folder: Folder, name: str) -> TarFolder:
+    """The archive ``name`` of ``folder``, opened anew for each of its members; errors as open_tar."""
+    storage = folder.open(name)
+    try:
+        file, identity, size = storage.name, storage.identity, storage.size
+        members = list_members(storage, file)
+    finally:
+        storage.close()
+
+    def reopen() -> Storage:
+        again = folder.open(name)
+        if (again.identity, again.size) != (identity, size):
+            again.close()
+            raise NotVmdk(file, what="it was replaced while it was being opened")
+        return again
+
+    return TarFolder(reopen, file, members)
+
+
+def list_members(storage: Storage, file: str) -> tuple[Member, ...]:
+    """The files in an archive, in its order; errors as open_tar."""
     members: list[Member] = []
     budget = _MAX_EXTENSIONS
     extra: dict[str, bytes] = {}
@@ -111,7 +148,7 @@ def open_tar(storage: Storage, file: str) -> TarFolder:
     for _ in range(_MAX_HEADERS):
         header = _header(storage, file, at)
         if header is None:
-            return TarFolder(storage, file, tuple(members))
+            return tuple(members)
         at += SECTOR
         size = 0 if header.type in _NO_DATA else header.size
         if "size" in extra and header.type in _FILES:

@@ -12,14 +12,15 @@ class Window(Storage):
     """``length`` bytes of ``base`` from ``offset`` on.
 
     What lies around it can't be seen.  ``base`` belongs to whoever opened it, and several windows may
-    share it: closing a window leaves it open.
+    share it: closing a window leaves it open, unless it is the window's ``own``.
     """
 
-    def __init__(self, base: Storage, offset: int, length: int, name: str) -> None:
+    def __init__(self, base: Storage, offset: int, length: int, name: str, *, own: bool = False) -> None:
         self.name = name
         self._base = base
         self._offset = offset
         self._length = length
+        self._own = own
 
     @property
     def size(self) -> int:
@@ -55,4 +56,5 @@ class Window(Storage):
         return self._base.writer()
 
     def close(self) -> None:
-        """Nothing of its own to let go of."""
+        if self._own:
+            self._base.close()

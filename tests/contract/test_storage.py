@@ -1,6 +1,7 @@
 """One suite for all storages: what base.py promises holds wherever the bytes live."""
 
 import errno
+import gzip
 import io
 import os
 import random
@@ -9,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ import pytest
 from nbd_vmdk.errors import StorageError, Truncated, WriteRefused
 from nbd_vmdk.storage import local
 from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.joined import Joined
 from nbd_vmdk.storage.local import LocalFile, raise_file_limit
 from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.storage.tar import open_tar
 from nbd_vmdk.storage.window import Window
 from nbd_vmdk.units import KIB, MIB
+from nbd_vmdk.vm.gunzipped import Gunzipped, Points
 
 Make = Callable[..., Storage]
 
@@ -72,7 +76,34 @@ def _member(tmp_path: Path) -> Make:
     return make
 
 
-@pytest.fixture(params=[_local, _memory, _window, _member], ids=["local", "memory", "window", "tar"])
+def _joined(tmp_path: Path) -> Make:
+    def make(data: bytes) -> Storage:
+        cuts = [0, 0, 1, 512, 65_537, len(data), len(data)]
+        pieces = [data[start:end] for start, end in pairwise(cuts)]
+        return Joined([MemoryStorage(piece, writable=False) for piece in pieces], "joined")
+
+    return make
+
+
+def _gunzipped(tmp_path: Path) -> Make:
+    def make(data: bytes) -> Storage:
+        packed = gzip.compress(data[:70_000]) + gzip.compress(data[70_000:])
+        return Gunzipped(local_file(tmp_path / "packed.gz", packed, writable=False), Points(1 << 30))
+
+    return make
+
+
+READABLE = {
+    "local": _local,
+    "memory": _memory,
+    "window": _window,
+    "tar": _member,
+    "joined": _joined,
+    "gzip": _gunzipped,
+}
+
+
+@pytest.fixture(params=READABLE.values(), ids=READABLE)
 def readable(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """A way to make a storage that holds the given bytes."""
     return request.param(tmp_path)
@@ -412,9 +443,12 @@ def test_a_missing_call_is_tried_once(
 
     monkeypatch.setattr(local, "_libc_fallocate", lambda: fallocate)
     storage = local_file(tmp_path / "file", DATA)
+    assert storage.zeroes_fast(punch=False)
     storage.zero(0, 10)
     storage.zero(10, 10)
     assert len(calls) == again
+    assert storage.zeroes_fast(punch=False) is (again > 1)
+    assert storage.zeroes_fast(punch=True), "what can't be zeroed may still be punched"
     assert storage.read(0, 21) == bytes(20) + DATA[20:21]
 
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from tests.fuzz import case
+from tests.fuzz import case, seeds_machines
 from tests.images import cut, desc, ova, poke, stream
 from tests.images.content import KIB, MIB, SECTOR, Content
 from tests.images.desc import Image, Row
@@ -384,4 +384,8 @@ SEEDS: dict[str, Callable[[], dict[str, bytes]]] = {
     "image": images,
     "files": cases,
     "check": cases,
+    "dictionary": seeds_machines.dictionaries,
+    "envelope": seeds_machines.envelopes,
+    "gunzip": seeds_machines.gzips,
+    "machine": seeds_machines.machines,
 }

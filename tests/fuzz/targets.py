@@ -15,6 +15,16 @@ from tests.fuzz import case
 from tests.fuzz.checks import fuzz_check
 from tests.fuzz.images import fuzz_files, fuzz_image
 from tests.fuzz.limits import MEMORY, limited
+from tests.fuzz.machines import (
+    WORDS,
+    XML_WORDS,
+    fuzz_dictionary,
+    fuzz_envelope,
+    fuzz_gunzip,
+    fuzz_machine,
+    mutate_machine,
+    mutate_text,
+)
 from tests.fuzz.parsers import (
     Plain,
     fuzz_descriptor,
@@ -46,7 +56,11 @@ class Target:
             self.run(data)
 
 
-_DESCRIPTOR_WORDS = tuple(word.encode() for word in case.WORDS)
+def _words(words: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(word.encode() for word in words)
+
+
+_DESCRIPTOR_WORDS = _words(case.WORDS)
 _IMAGE_WORDS = (
     b"KDMV",
     b"COWD",
@@ -63,6 +77,10 @@ TARGETS = {
         Target("header", fuzz_header, 8 * KIB, 1, None, _IMAGE_WORDS),
         Target("stream", fuzz_stream, 16 * KIB),
         Target("tar", fuzz_tar, 64 * KIB, 1, mutate_tar),
+        Target("dictionary", fuzz_dictionary, 8 * KIB, 1, mutate_text, _words(WORDS)),
+        Target("envelope", fuzz_envelope, 16 * KIB, 1, mutate_text, _words(XML_WORDS)),
+        Target("gunzip", fuzz_gunzip, 16 * KIB),
+        Target("machine", fuzz_machine, 64 * KIB, 2, mutate_machine, _words(WORDS + XML_WORDS)),
         Target("image", fuzz_image, 64 * KIB, 3, None, _IMAGE_WORDS + _DESCRIPTOR_WORDS),
         Target("files", fuzz_files, 64 * KIB, 4, case.mutate),
         # Looking at a directory as a whole takes some arrays of its length, which may be millions of entries.

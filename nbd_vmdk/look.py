@@ -1,0 +1,86 @@
+"""A first look at files that may be links: the descriptor that one has, the names that it may mean.
+
+Nothing here opens a disk: that is opener.py's work, which begins with what is found here.
+"""
+
+import re
+from collections.abc import Iterator
+
+from nbd_vmdk.errors import Truncated, VmdkError
+from nbd_vmdk.ondisk import hosted
+from nbd_vmdk.ondisk.descriptor import (
+    MAX_DESCRIPTOR,
+    Descriptor,
+    is_absolute,
+    last_component,
+    windows_to_posix,
+)
+from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.units import SECTOR
+
+#: What is put behind a disk's name to name its extents.
+EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)", re.IGNORECASE)
+#: Descriptors looked at when the one that names an extent is searched.
+_MAX_SIBLINGS = 1000
+
+
+def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
+    """The descriptor inside a hosted sparse extent, without its padding; empty if there is none.
+
+    QEMU reserves the room for one in the extents of split disks and leaves it all NULs.
+    """
+    if not header.descriptor_sector:
+        return b""
+    at = header.descriptor_sector * SECTOR
+    length = min(header.descriptor_sectors * SECTOR, hosted.MAX_DESCRIPTOR, storage.size - at)
+    if length <= 0:
+        raise Truncated(storage.name, what="its descriptor", need=at + SECTOR, have=storage.size)
+    return storage.read(at, length).partition(b"\0")[0]
+
+
+def read_descriptor(folder: Folder, name: str) -> Descriptor | None:
+    """The descriptor of a file in ``folder``, of its own or embedded; None if there is none to read."""
+    try:
+        storage = folder.open(name)
+    except VmdkError:
+        return None
+    try:
+        head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        if head.startswith(hosted.MAGIC):
+            text = embedded_text(storage, hosted.parse_header(head, storage.name))
+        elif identify(head) is FileKind.DESCRIPTOR:
+            text = storage.read(0, min(storage.size, MAX_DESCRIPTOR))
+        else:
+            return None
+        return Descriptor.parse(text, storage.name) if text else None
+    except VmdkError:
+        return None
+    finally:
+        storage.close()
+
+
+def spellings(name: str) -> Iterator[str]:
+    """How a name may be meant: as written, with slashes turned, or, if it is absolute, beside."""
+    yield name
+    if "\\" in name:
+        yield windows_to_posix(name)
+    if is_absolute(name):
+        yield last_component(name)
+
+
+def find_owner(folder: Folder, name: str) -> str | None:
+    """The descriptor in ``folder`` that names ``name`` as one of its extents, or None."""
+    guess = EXTENT_SUFFIX.sub("", name)
+    siblings = [
+        sibling for sibling in folder.names() if sibling.lower().endswith(".vmdk") and sibling != name
+    ]
+    siblings.sort(key=lambda sibling: sibling != guess)
+    for sibling in siblings[:_MAX_SIBLINGS]:
+        descriptor = read_descriptor(folder, sibling)
+        if descriptor is not None and any(
+            line.name is not None and last_component(line.name) == name for line in descriptor.extents
+        ):
+            return sibling
+    return None

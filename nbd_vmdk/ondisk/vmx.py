@@ -1,0 +1,109 @@
+"""A machine's configuration (.vmx): which disks it has, in the order of its buses.
+
+It is a dictionary in text: ``key = "value"`` lines, ``#`` comments, keys whose case does not matter.  An
+``.encoding`` line says in which characters it is written: UTF-8 today, a Windows code page of the user's
+language before.  A snapshot list (.vmsd, see vmsd.py) is a dictionary of the same form.
+
+A dictionary that sets one key to two values is refused: nobody can tell which of two disks is meant.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from nbd_vmdk.errors import FormatError
+from nbd_vmdk.ondisk.descriptor_text import BOM, codec_of, shown
+from nbd_vmdk.units import MIB
+
+#: More than any dictionary has: a machine of 200 disks and as many snapshots needs a few hundred KiB.
+MAX_DICTIONARY: Final = 4 * MIB
+
+#: Disks of one machine; VMware's largest has 256.
+MAX_DISKS: Final = 1000
+#: Buses in the order in which a machine's disks are counted.
+_BUSES: Final = ("scsi", "sata", "nvme", "ide")
+# Numbers have no leading zeros: scsi0:0 and scsi00:0 would be two names of one place.
+_NODE: Final = re.compile(r"(scsi|sata|nvme|ide)(0|[1-9]\d{0,2}):(0|[1-9]\d{0,3})")
+_ENCODING: Final = re.compile(rb'^[ \t]*\.encoding[ \t]*=[ \t]*"([^"\r\n]*)"', re.IGNORECASE | re.MULTILINE)
+_ASSIGNMENT: Final = re.compile(r"[ \t]*([^\s=\"#]+)[ \t]*=[ \t]*(.*)")
+#: A character that can't stand in quotes is written as its code: |22 for a quote.
+_ESCAPE: Final = re.compile(r"\|([0-7][0-9A-Fa-f])")
+_TRUE: Final = ("true", "yes", "1")
+#: Types of device whose medium is no disk of the machine's own.
+_NO_DISKS: Final = ("cdrom", "passthru", "floppy")
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedDisk:
+    """A disk of a machine.
+
+    node  where it is plugged in: ``scsi0:0`` is the first place on the first SCSI controller
+    file  its top link, as the configuration names it: untrusted
+    redo  a log of changes on top of that, empty if there is none (modes that can be undone have one)
+    """
+
+    node: str
+    file: str
+    redo: str = ""
+
+
+def parse_dictionary(raw: bytes, file: str) -> dict[str, str]:
+    """The values of a dictionary by their keys in lower case; FormatError names the line that is wrong."""
+    if len(raw) > MAX_DICTIONARY:
+        raise FormatError(file, why=f"longer than {MAX_DICTIONARY} bytes, as no machine's configuration is")
+    if b"\0" in raw:
+        raise FormatError(file, why="zero bytes in what should be a text")
+    found: dict[str, str] = {}
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decode(raw)), 1):
+        text = line.strip(" \t\v\f\x1a")
+        if not text or text.startswith("#"):
+            continue
+        match = _ASSIGNMENT.fullmatch(text)
+        if match is None:
+            raise FormatError(file, why=f'line {number} is {shown(text)}, not key = "value"')
+        key, value = match[1].lower(), _value(match[2])
+        if found.setdefault(key, value) != value:
+            raise FormatError(file, why=f"line {number} sets {shown(match[1])} a second time, differently")
+    return found
+
+
+def _decode(raw: bytes) -> str:
+    label = _ENCODING.search(raw)
+    declared = None if label is None else codec_of(label[1].decode("latin-1"))
+    # A byte order mark was put there by an editor that saved the file as UTF-8, whatever it says inside.
+    for codec in ("utf-8" if raw.startswith(BOM) else declared, "utf-8", "cp1252"):
+        try:
+            if codec is not None:
+                return raw.decode(codec).removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            pass
+    return raw.decode("latin-1")  # has a character for every byte, so that nothing is lost
+
+
+def _value(text: str) -> str:
+    if text.startswith('"'):
+        end = text.rfind('"')
+        # What stands behind the closing quote is a comment; a quote that is never closed ends with the line.
+        text = text[1:end] if end > 0 else text[1:]
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+def node_order(node: str) -> tuple[int, int, int] | None:
+    """A key to sort nodes by: bus, controller, place on it; None for what is no node of a disk."""
+    match = _NODE.fullmatch(node.lower())
+    return None if match is None else (_BUSES.index(match[1]), int(match[2]), int(match[3]))
+
+
+def disks_of(values: dict[str, str]) -> list[AttachedDisk]:
+    """The disks that a configuration plugs in, in bus order; CD drives and empty places are none."""
+    found: list[tuple[tuple[int, int, int], AttachedDisk]] = []
+    for key, name in values.items():
+        node, dot, what = key.partition(".")
+        order = node_order(node)
+        if not dot or what != "filename" or order is None or not name:
+            continue
+        kind = values.get(f"{node}.devicetype", "disk").lower()
+        if values.get(f"{node}.present", "").lower() not in _TRUE or any(word in kind for word in _NO_DISKS):
+            continue
+        found.append((order, AttachedDisk(node, name, values.get(f"{node}.redo", ""))))
+    return [disk for _order, disk in sorted(found, key=lambda each: each[0])]
