@@ -1,8 +1,9 @@
 """Where new grains and tables go: into space that was freed before, else at the end of the file.
 
-No field of a hosted sparse extent records its free space; every writer appends.  The file grows in steps, so
-that the file system sees few changes of size, and a clean close cuts the last step off.  After a crash
-the step stays: a hole that costs no blocks, behind which the next writer appends.
+No field of a hosted sparse extent records its free space; every writer appends.  COWD has one, freeSector,
+but not every writer keeps it, and behind one that is too low lie grains: it is written, never read (cowd.py).
+The file grows in steps, so that the file system sees few changes of size, and a clean close cuts the last
+step off.  After a crash the step stays: a hole that costs no blocks, behind which the next writer appends.
 
 Space handed out here reads as zeros until somebody writes: it has never been used, or it was punched out.
 
@@ -59,11 +60,16 @@ class Allocator:
         """Where unused space begins: no grain that anybody wrote lies beyond."""
         return self._end
 
+    @property
+    def used(self) -> int:
+        """Where the last grain or table that was handed out ends; the file's size if none was."""
+        return self._used
+
     def take_grains(self, count: int) -> int:
         """Byte position of ``count`` new grains in a row; StorageError with ENOSPC if there is no room."""
         length = count * self._grain
         with self._lock:
-            at = self._reuse(length)
+            at = self._reuse(length) if self._free or self._cooling else None
             return self._take(length) if at is None else at
 
     def ticket(self) -> int:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nbd_vmdk.errors import Latched, StorageError, VmdkError
-from nbd_vmdk.pages import DirtyPage, Pages
+from nbd_vmdk.pages import Changes, DirtyPage
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import KIB, MIB
 
@@ -51,16 +51,20 @@ _MIN_SHARE = 64 * KIB
 
 
 class Member(Protocol):
-    """What a commit asks of an extent of the writable link."""
+    """What a commit asks of an extent of the writable link.
+
+    A ``lazy`` one is committed only when somebody asks: each commit costs it space for good.
+    """
 
     touched: bool
+    lazy: bool
 
     @property
     def storage(self) -> Storage:
         """The file that holds its bytes."""
 
     @property
-    def tables(self) -> Sequence[Pages]:
+    def tables(self) -> Sequence[Changes]:
         """All that may hold dirty pages, in the order in which they must be written."""
 
     def announce(self) -> None:
@@ -98,6 +102,8 @@ class Committer:
         self._freed: list[tuple[Member, list[int]]] = []  # not yet safe to release
         #: Grows before released space can be used again; see Disk.read_into.
         self.releases = 0
+        #: How often something was made durable; grows only under the running commit.
+        self.commits = 0
         self._described = False  # the content ID is changed, durably
         self._condition = threading.Condition()
         self._next = _Round()  # what a flush that comes now is served by
@@ -114,15 +120,16 @@ class Committer:
 
     def admit(self) -> None:
         """Let a write begin, after a commit if too much is held; raises what keeps it from being durable."""
-        self.check()
+        if self._latched is not None:
+            self.check()
         if self._full:
             self.flush()
 
     def wrote(self, member: Member) -> None:
-        """Note that ``member`` was written to: before long it is committed."""
+        """Note that ``member`` was written to: before long it is committed, unless it is lazy."""
         if member.held > self._share:
             self._full = True
-        if self._timer is None:
+        if self._timer is None and not member.lazy:
             self._start_timer()
 
     def _start_timer(self) -> None:
@@ -178,12 +185,13 @@ class Committer:
         self.check()
         if not self.pending:
             return
+        self.commits += 1
         # 1. copy; freed grains are listed first, so that each one's entry is among the copies
         for member in self._members:
             if freed := member.take_freed():
                 self._freed.append((member, freed))
         releasing = len(self._freed)
-        taken: list[tuple[Pages, list[DirtyPage]]] = []
+        taken: list[tuple[Changes, list[DirtyPage]]] = []
         durable = self._full = False
         try:
             for member in self._members:
@@ -212,7 +220,7 @@ class Committer:
                 log.warning("%s (the space of a grain is not given back)", error)
         del self._freed[:releasing]
 
-    def _take(self, member: Member, taken: list[tuple[Pages, list[DirtyPage]]]) -> bool:
+    def _take(self, member: Member, taken: list[tuple[Changes, list[DirtyPage]]]) -> bool:
         """Put copies of a member's changed tables into ``taken``; tell whether there are any."""
         found = False
         for pages in member.tables:
@@ -238,7 +246,7 @@ class Committer:
             raise
         self._described = True
 
-    def _write_tables(self, pages: Pages, dirty: list[DirtyPage]) -> Storage:
+    def _write_tables(self, pages: Changes, dirty: list[DirtyPage]) -> Storage:
         storage = pages.storage
         for page in dirty:
             for at in page.places:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbd_vmdk.errors import WriteRefused
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
-from nbd_vmdk.extents.flat import FlatExtent, ZeroExtent
-from nbd_vmdk.extents.hosted import HostedExtent
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -22,11 +21,10 @@ from nbd_vmdk.units import GIB
 
 log = logging.getLogger("nbd_vmdk")
 
-#: Bytes that are zeroed or trimmed between two looks at what a commit would have to hold; a multiple of
-#: every grain.
+#: Bytes that are zeroed or trimmed between two looks at what a commit would have to hold, a multiple of
+#: every grain; and grains, where they are small.
 _STEP = GIB
-
-WritableExtent = FlatExtent | HostedExtent
+_STEP_GRAINS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class LinkExtent:
     def writable(self) -> WritableExtent | None:
         """The extent, if guest writes may go to it."""
         extent = self.extent
-        if self.access == "RW" and extent.writable and isinstance(extent, FlatExtent | HostedExtent):
+        if self.access == "RW" and isinstance(extent, WritableExtent) and extent.writable:
             return extent
         return None
 
@@ -160,15 +158,16 @@ class Link:
         """What is written to of a range, in steps that end on grain edges: no grain is split in two."""
         for extent, start, within, count in self._writable_parts(offset, length, zeros_too=True):
             end = within + count
+            step = min(_STEP, extent.grain * _STEP_GRAINS or _STEP)
             while within < end:
-                edge = min(end, (within // _STEP + 1) * _STEP)
+                edge = min(end, (within // step + 1) * step)
                 yield extent, start, within, edge - within
                 within = edge
 
-    def must_write_zeros(self, offset: int, length: int, below: Below | None) -> bool:
-        """Tell whether zeroing a range means writing zeros somewhere in it; see Extent.must_write_zeros."""
+    def must_write_zeros(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Tell whether zeroing a range means writing zeros somewhere in it; see WritableExtent."""
         return any(
-            extent.must_write_zeros(within, count, _shifted(below, start))
+            extent.must_write_zeros(within, count, _shifted(below, start), may_trim=may_trim)
             for extent, start, within, count in self._writable_parts(offset, length, zeros_too=True)
         )
 
@@ -200,6 +199,11 @@ class Link:
                 self.cid, self._cid_changed = new, True
             return self._place.storage
 
+    def keep_cid(self) -> None:
+        """Leave the content ID as it is in this session: what is written changes nothing of what is read."""
+        with self._cid_lock:
+            self._cid_changed = True
+
     def drop_change_tracking(self) -> None:
         """Take the change-tracking lines, if any, out of the descriptor, in place; it never gets longer."""
         assert self.descriptor is not None
@@ -225,10 +229,10 @@ class Link:
 
 
 def occupied(storages: Iterable[Storage]) -> int:
-    """Bytes that files really occupy, each counted once; the members of an archive are the archive's."""
+    """Bytes that files, and members of archives, really occupy; each is counted once."""
     files: dict[tuple[int, ...], Storage] = {}
     for storage in storages:
-        files.setdefault(storage.identity[:2], storage)
+        files.setdefault(storage.identity, storage)
     return sum(storage.allocated for storage in files.values())
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.storage.base import Storage
@@ -26,13 +26,34 @@ _TYPECODES = {4: "I", 8: "Q"}
 _OVERHEAD = 250
 
 
-@dataclass(frozen=True, slots=True)
-class DirtyPage:
+class DirtyPage(NamedTuple):
     """A page as it was when a commit began, and where its copies go."""
 
     page: int
     data: bytes
     places: tuple[int, ...]
+
+
+class Changes(Protocol):
+    """What a commit asks of tables: what has changed, as pages to be written, and how it went."""
+
+    @property
+    def storage(self) -> Storage:
+        """The file they are in."""
+
+    @property
+    def dirty(self) -> bool:
+        """There are changes that no commit has taken yet."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory that only a commit frees."""
+
+    def take_dirty(self, taken: list[DirtyPage]) -> None:
+        """Put copies of all that has changed into ``taken``."""
+
+    def settle(self, taken: list[DirtyPage], *, durable: bool) -> None:
+        """End the commit that took them: they are durable, or changed still."""
 
 
 @functools.cache
@@ -68,6 +89,7 @@ class Pages:
         self._width = width
         self._typecode = _TYPECODES[width]
         self._locate = locate
+        self._pinned_cost = per_page * width + _OVERHEAD
         #: Pages that differ from the disk, or are being written there.
         self.pinned: dict[int, array[int]] = {}
         self._dirty: set[int] = set()
@@ -81,7 +103,8 @@ class Pages:
 
     def get(self, page: int) -> "array[int] | None":
         """The page for looking up, or None if it does not exist."""
-        found = self.pinned.get(page) or self.cache.get(self.key + page)
+        key = self.key + page
+        found = self.pinned.get(page) or self.cache.young.get(key) or self.cache.get(key)
         if found is None:
             with self.lock(page):
                 return self.load(page)
@@ -90,7 +113,8 @@ class Pages:
 
     def load(self, page: int) -> "array[int] | None":
         """Find or read a page for looking at it; the caller holds its lock."""
-        found = self.pinned.get(page) or self.cache.get(self.key + page)
+        key = self.key + page
+        found = self.pinned.get(page) or self.cache.young.get(key) or self.cache.get(key)
         if found is not None:
             assert isinstance(found, array)
             return found
@@ -139,7 +163,7 @@ class Pages:
     @property
     def pinned_bytes(self) -> int:
         """Memory that the shared cache can't take back."""
-        return len(self.pinned) * (self.per_page * self._width + _OVERHEAD)
+        return len(self.pinned) * self._pinned_cost
 
     def encode(self, table: "array[int]") -> bytes:
         """A page as it stands on disk."""

@@ -6,11 +6,10 @@ import struct
 
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from tests.images.content import SECTOR
+from tests.images.cowd import Head
 from tests.images.hosted import Header
 from tests.recording import Event, RecordingFolder, apply
-from tests.sound import parse_tables
-
-UNCLEAN_AT = 72
+from tests.sound import MAGICS, parse_tables
 
 
 def numbers(data: bytes) -> list[int]:
@@ -18,7 +17,7 @@ def numbers(data: bytes) -> list[int]:
 
 
 class FileWatch:
-    """One hosted sparse file while its log is walked: what it holds now, and what is durable of it."""
+    """One file with tables while its log is walked: what it holds now, and what is durable of it."""
 
     def __init__(self, initial: bytes, final: bytes, *, alone: bool) -> None:
         self.alone = alone
@@ -30,12 +29,13 @@ class FileWatch:
         self.grain = last.grain
         self.length = last.header.gtes_per_gt * 4
         self.tables = last.table_ranges()
-        directories = [last.header.gd_offset, *([last.header.rgd_offset] if last.rgd else [])]
-        self.directories = [(at * SECTOR, at * SECTOR + 4 * len(last.gd)) for at in directories]
+        self.directories = last.directory_ranges()
+        self.unclean_at = last.unclean_at
+        self.keeps_free_sector = isinstance(last.header, Head)
 
     @property
     def flag_is_durable(self) -> bool:
-        return bool(self.durable[UNCLEAN_AT])
+        return bool(self.durable[self.unclean_at])
 
     def changed(self, event: Event, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """(old, new) of the entries that a write changes in directories or tables."""
@@ -57,11 +57,13 @@ class FileWatch:
             for _old, entry in self.changed(event, self.tables):
                 if entry > 1:
                     self.must_be_durable(entry * SECTOR, self.grain, f"event {event.number}: a grain")
+                    self.must_not_be_free(entry * SECTOR + self.grain, f"event {event.number}: a grain")
             for _old, entry in self.changed(event, self.directories):
                 if entry:
                     end = entry * SECTOR + self.length
                     assert end <= len(self.durable), f"event {event.number}: names a table beyond the file"
-        elif (event.at, event.data) == (UNCLEAN_AT, b"\0"):
+                    self.must_not_be_free(end, f"event {event.number}: a table")
+        elif (event.at, event.data) == (self.unclean_at, b"\0"):
             for begin, end in [*self.tables, *self.directories]:
                 assert self.durable[begin:end] == self.now[begin:end], "the flag falls before all is durable"
         else:
@@ -74,6 +76,11 @@ class FileWatch:
         for first, last in self.unsynced:
             assert end <= first or begin >= last, f"{what} at {begin} is named before it is durable"
         assert end <= len(self.durable), f"{what} at {begin} is named before the file is so long"
+
+    def must_not_be_free(self, end: int, what: str) -> None:
+        """By freeSector, if the file has one and it was set since it was opened."""
+        free = Head.unpack(self.durable).free_sector if self.keeps_free_sector else 0
+        assert not self.keeps_free_sector or end <= free * SECTOR, f"{what} lies where freeSector says free"
 
     def must_be_free(self, event: Event, what: str) -> None:
         """What is given back, or to another grain, is named by no table that a crash could bring back."""
@@ -109,12 +116,13 @@ def check_order(folder: RecordingFolder, top: str, *, alone: bool = True) -> int
     I4 uncleanShutdown is durable before the first change of a table
     I5 the content ID has changed, durably, before any table changes, and before a flush returns
     I6 no space is given back, or to another grain, that a durable table still names
+    and freeSector of COWD is durably behind all that a table or directory is about to name
     """
     watches: dict[str, FileWatch] = {}
     descriptor, durable_descriptor = bytearray(folder.log.initial[top]), folder.log.initial[top]
     was = cid_of(durable_descriptor)
     for name, initial in folder.log.initial.items():
-        if initial.startswith(b"KDMV"):
+        if initial.startswith(MAGICS):
             watches[name] = FileWatch(initial, folder.content(name), alone=alone)
     changes = 0
     wrote = False

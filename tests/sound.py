@@ -1,4 +1,4 @@
-"""What a hosted sparse file must be after a clean close, read with the builders' own header code."""
+"""What a hosted sparse or COWD file must be after a clean close, read with the builders' own header code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from tests.images import peek
+from tests.images import cowd, hosted, peek
 from tests.images.content import SECTOR
-from tests.images.hosted import HAS_RGD, ZERO_GTE, Header
+from tests.images.hosted import HAS_RGD, ZERO_GTE
+
+#: What files with tables begin with.
+MAGICS = (b"KDMV", b"COWD")
+#: Where a hosted extent says that it was not closed cleanly.
+UNCLEAN_AT = 72
 
 
 @dataclass
 class Tables:
     """The directories and tables of one file; entries are sectors, a missing table has none."""
 
-    header: Header
+    header: hosted.Header | cowd.Head
     size: int
     gd: list[int]
     rgd: list[int]  # empty without one
@@ -26,6 +31,17 @@ class Tables:
     @property
     def grain(self) -> int:
         return self.header.grain_size * SECTOR
+
+    @property
+    def unclean_at(self) -> int:
+        """The byte that says whether it was closed cleanly."""
+        return UNCLEAN_AT if isinstance(self.header, hosted.Header) else cowd.UNCLEAN_AT
+
+    @property
+    def used_end(self) -> int:
+        """The byte behind the last grain or table."""
+        ends = [end for _, end in self.metadata_ranges()]
+        return max(ends + [at + self.grain for at in self.grains.values()])
 
     @property
     def grains(self) -> dict[int, int]:
@@ -52,13 +68,21 @@ class Tables:
     def metadata_ranges(self) -> list[tuple[int, int]]:
         """[start, end) in bytes of header, descriptor, directories and tables."""
         head = self.header
-        ranges = [(0, SECTOR), *self.table_ranges()]
-        directories = [head.gd_offset, *([head.rgd_offset] if self.rgd else [])]
-        ranges += [(at * SECTOR, at * SECTOR + 4 * len(self.gd)) for at in directories]
+        ranges = [*self.table_ranges(), *self.directory_ranges()]
+        if isinstance(head, cowd.Head):
+            return [(0, 4 * SECTOR), *ranges]
         if head.descriptor_offset:
             begin = head.descriptor_offset * SECTOR
             ranges.append((begin, begin + head.descriptor_size * SECTOR))
-        return ranges
+        return [(0, SECTOR), *ranges]
+
+    def directory_ranges(self) -> list[tuple[int, int]]:
+        """[start, end) in bytes of both directories."""
+        places = [self.header.gd_offset]
+        if self.rgd:
+            assert isinstance(self.header, hosted.Header)
+            places.append(self.header.rgd_offset)
+        return [(at * SECTOR, at * SECTOR + 4 * len(self.gd)) for at in places]
 
 
 def numbers(data: bytes) -> list[int]:
@@ -69,7 +93,7 @@ def numbers(data: bytes) -> list[int]:
 
 def parse_tables(data: bytes) -> Tables:
     """Take a file's bytes apart."""
-    head = Header.unpack(data)
+    head = (cowd.Head if data.startswith(b"COWD") else hosted.Header).unpack(data)
     count = -(-head.capacity // (head.gtes_per_gt * head.grain_size))
 
     def directory(sector: int) -> list[int]:
@@ -79,7 +103,7 @@ def parse_tables(data: bytes) -> Tables:
         head,
         len(data),
         directory(head.gd_offset),
-        directory(head.rgd_offset) if head.flags & HAS_RGD else [],
+        directory(head.rgd_offset) if isinstance(head, hosted.Header) and head.flags & HAS_RGD else [],
     )
     for entries, into in ((tables.gd, tables.gt), (tables.rgd, tables.rgt)):
         for number, sector in enumerate(entries):
@@ -103,7 +127,10 @@ def check_tables(tables: Tables, *, clean: bool = True) -> None:
             assert tables.gt == tables.rgt, "the two copies of the tables differ"
     seen: list[tuple[int, int]] = []
     zeros = {entry for entries in tables.gt.values() for entry in entries if entry == 1}
-    assert not zeros or head.flags & ZERO_GTE, "an entry says zeros in a file that does not declare it"
+    declared = isinstance(head, hosted.Header) and head.flags & ZERO_GTE
+    assert not zeros or declared, "an entry says zeros in a file that does not declare it"
+    if clean and isinstance(head, cowd.Head):
+        assert tables.used_end <= head.free_sector * SECTOR <= tables.size, "freeSector is wrong"
     limit = -(-head.capacity // head.grain_size)
     for index, at in tables.grains.items():
         assert index < limit, f"grain {index} is behind the end of the disk"

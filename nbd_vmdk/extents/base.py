@@ -6,10 +6,11 @@ the answers (see disk.py), so they cannot disagree.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
+from nbd_vmdk.pages import Changes
 from nbd_vmdk.storage.base import Storage
 
 
@@ -54,9 +55,6 @@ class Extent(ABC):
     storage: Storage | None = None
     size: int
     grain: int = 0  #: bytes of the allocation unit, 0 if there is none
-    writable: bool = False
-    #: Set by every write, cleared by the commit that makes it durable (see commit.py).
-    touched: bool = False
 
     @abstractmethod
     def map(self, offset: int, length: int) -> Mapping:
@@ -70,26 +68,64 @@ class Extent(ABC):
             yield mapping
             offset += mapping[1]
 
-    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
-        """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
-        raise NotImplementedError  # only called where `writable` is set
-
-    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
-        """Make a range read as zeros; ``may_trim`` allows giving its space back."""
-        raise NotImplementedError
-
-    def must_write_zeros(self, offset: int, length: int, below: Below | None) -> bool:
-        """Tell whether some of a range could only be zeroed by writing zeros.
-
-        Once False this stays so: other threads can't make it True.
-        """
-        return False
-
-    def trim(self, offset: int, length: int, below: Below | None) -> None:
-        """Give the space of a range back where that is possible; what it reads as is then undefined."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Let go of the file."""
         if self.storage is not None:
             self.storage.close()
+
+
+class WritableExtent(Extent):
+    """An extent of a kind that can be written in place, and is if its file is open for writing.
+
+    It is also what commit.py calls a Member: tables and flags of its own are told here; a kind that has none,
+    as flat files, leaves these as they are.
+    """
+
+    storage: Storage
+    writable: bool = False
+    #: Set by every write, cleared by the commit that makes it durable.
+    touched: bool = False
+    #: Commits are to be made only when they are asked for.
+    lazy: bool = False
+    #: What writes must be a multiple of, and lie at, in bytes.
+    minimum_block: int = 1
+    #: All that may hold dirty pages, in the order in which they must be written.
+    tables: Sequence[Changes] = ()
+
+    @abstractmethod
+    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
+
+    @abstractmethod
+    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
+        """Make a range read as zeros; ``may_trim`` allows giving its space back."""
+
+    @abstractmethod
+    def trim(self, offset: int, length: int, below: Below | None) -> None:
+        """Give the space of a range back where that is possible; what it reads as is then undefined."""
+
+    def must_write_zeros(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Tell whether some of a range could only be zeroed by writing zeros.
+
+        Once False this stays so, whatever other threads do; but a file system may show only when it is asked
+        that it has no other way of zeroing.
+        """
+        return not self.storage.zeroes_fast(punch=may_trim)
+
+    def announce(self) -> None:
+        """Write what must be durable before the tables that a commit has just copied."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that only a commit gives back."""
+        return 0
+
+    def take_freed(self) -> list[int]:
+        """Byte positions of the grains that have been freed since the last call."""
+        return []
+
+    def release(self, positions: list[int]) -> None:
+        """Give space back that no durable table entry names any more."""
+
+    def finish(self) -> None:
+        """End a session of writing, after its last commit: mark the file as closed cleanly."""

@@ -1,22 +1,16 @@
 """Extents without tables: FLAT and VMFS (a piece of a file or device), ZERO, and what can't be read."""
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Iterator
 
 from nbd_vmdk.errors import Unreadable
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
-from nbd_vmdk.pages import Pages
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
 from nbd_vmdk.storage.base import Storage
 
 
-class FlatExtent(Extent):
-    """Guest bytes that lie in a file one after the other, from byte ``start`` on."""
+class FlatExtent(WritableExtent):
+    """Guest bytes that lie in a file one after the other, from byte ``start`` on: nothing but data."""
 
     type_word = "FLAT"
-    storage: Storage
-    #: Nothing but data is ever dirty here; see commit.Member.
-    tables: ClassVar[Sequence[Pages]] = ()
-    held: ClassVar[int] = 0
 
     def __init__(self, storage: Storage, *, start: int, size: int) -> None:
         self.storage = storage
@@ -36,29 +30,19 @@ class FlatExtent(Extent):
             at += count
 
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
-        """See Extent."""
+        """See WritableExtent."""
         self.storage.write(buf, self.start + offset)
         self.touched = True
 
     def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
-        """See Extent."""
+        """See WritableExtent."""
         (self.storage.punch if may_trim else self.storage.zero)(self.start + offset, length)
         self.touched = True
 
     def trim(self, offset: int, length: int, below: Below | None) -> None:
-        """See Extent."""
+        """See WritableExtent."""
         self.storage.punch(self.start + offset, length)
         self.touched = True
-
-    def announce(self) -> None:
-        """See commit.Member: a flat file has no flag to set."""
-
-    def take_freed(self) -> list[int]:
-        """See commit.Member: nothing is ever freed."""
-        return []
-
-    def release(self, positions: list[int]) -> None:
-        """See commit.Member."""
 
 
 class ZeroExtent(Extent):

@@ -1,7 +1,6 @@
 """Hosted sparse extents (KDMV, uncompressed): VMware Workstation, VirtualBox and QEMU."""
 
 import logging
-import threading
 from array import array
 
 from nbd_vmdk.alloc import Allocator
@@ -40,13 +39,17 @@ class HostedTables(GrainTables):
         )
         self.redundant = None if header.redundant_at is None else self._directory_pages(header.redundant_at)
         self._forbidden = _metadata_ranges(header)
+        self._behind = max(last for _first, last in self._forbidden)
+        self._seen = 0
         self._warned = False
 
     def _is_table(self, sector: int) -> bool:
         begin, end = sector * SECTOR, sector * SECTOR + self._length
-        return end <= self.storage.size and all(
-            end <= first or begin >= last for first, last in self._forbidden
-        )
+        if end > self._seen:
+            self._seen = self.storage.size  # asked for again only as the file grows
+            if end > self._seen:
+                return False
+        return begin >= self._behind or all(end <= first or begin >= last for first, last in self._forbidden)
 
     def places(self, number: int) -> tuple[int, ...] | None:
         """See GrainTables."""
@@ -77,25 +80,14 @@ class HostedTables(GrainTables):
             return count
         return next((i for i, entry in enumerate(entries[slot : slot + count]) if entry), count)
 
+    @property
+    def directories(self) -> list[Pages]:
+        """See GrainTables."""
+        return [pages for pages in (self.directory, self.redundant) if pages is not None]
+
     def lacking(self, number: int) -> list[Pages]:
-        """The directories that name no place for a table where one can be: both if it is missing."""
-        directories = [pages for pages in (self.directory, self.redundant) if pages is not None]
-        return [pages for pages in directories if not self._is_table(self.entry(pages, number))]
-
-    def reserve(self, directories: list[Pages], allocator: Allocator) -> list[int]:
-        """Byte positions for a table in each of ``directories``, zeros at the end of the file."""
-        return [allocator.take_table(self._length) for _ in directories]
-
-    def enter(self, number: int, directories: list[Pages], places: list[int]) -> None:
-        """Enter a table in directories.
-
-        All that can fail came before: a table without its twin is damage to some readers.
-        """
-        page, slot = divmod(number, self.directory.per_page)
-        for directory, at in zip(directories, places, strict=True):
-            with directory.lock(page):
-                directory.pin(page)[slot] = at // SECTOR
-                directory.mark_dirty(page)
+        """See GrainTables: a place where no table can be counts as none, the twin knows better."""
+        return [pages for pages in self.directories if not self._is_table(self.entry(pages, number))]
 
 
 def _metadata_ranges(header: HostedHeader) -> list[tuple[int, int]]:
@@ -119,13 +111,13 @@ class HostedExtent(WritableSparseExtent):
 
     def __init__(self, storage: Storage, header: HostedHeader, cache: Cache, *, size: int) -> None:
         self.header = header
-        self._places = HostedTables(storage, header, cache)
+        places = HostedTables(storage, header, cache)
         super().__init__(
             storage,
             size=size,
             grain=header.grain,
-            tables=self._places.tables,
-            empty_from=self._places.empty_from,
+            tables=places.tables,
+            empty_from=places.empty_from,
             # Nothing below the overhead is a grain; entries 0 and 1 have meanings of their own.
             lowest=max(header.overhead_sectors, 2),
             step=header.grain_sectors,
@@ -135,13 +127,9 @@ class HostedExtent(WritableSparseExtent):
         self._warned = False
         #: Tables that are known to be named by both directories.
         self._paired: set[int] = set()
-        self._announced = False
-        self._announce_lock = threading.Lock()
         if storage.writable:
-            directories = (self._places.directory, self._places.redundant)
-            self.enable_writing(
-                Allocator(storage, header.grain, MAX_GRAIN_AT), [pages for pages in directories if pages]
-            )
+            allocator = Allocator(storage, header.grain, MAX_GRAIN_AT)
+            self.enable_writing(places, allocator, unclean_at=UNCLEAN_AT, was_unclean=header.unclean)
 
     def _decode(self, entry: int, index: int) -> tuple[Kind, int]:
         if entry == 0:
@@ -154,15 +142,6 @@ class HostedExtent(WritableSparseExtent):
             return Kind.ZERO, 0
         raise self._bad_entry(entry, index, "points into the extent's own tables")
 
-    def _create_table(self, number: int, content: bytes = b"") -> None:
-        directories = self._places.lacking(number)
-        places = self._places.reserve(directories, self._allocator)
-        if content:
-            for at in places:
-                self.storage.write(content, at)
-        self.touched = True  # what is behind a directory's entry must be durable before the entry
-        self._places.enter(number, directories, places)
-
     def _table_for_change(self, number: int) -> "array[int]":
         table = super()._table_for_change(number)
         if number not in self._paired:
@@ -170,30 +149,11 @@ class HostedExtent(WritableSparseExtent):
                 # One directory alone names the table, after a crash or by damage; other readers may know only
                 # the other one.  The second place gets what the table holds now: were it empty, a crash
                 # between the writes of the next commit would leave a directory that leads to nothing.
-                table = self._tables.pin(number)
                 self._create_table(number, self._tables.encode(table))
+                table = self._tables.pin(number)
                 self._tables.mark_dirty(number)
             self._paired.add(number)
         return table
-
-    def announce(self) -> None:
-        """Set uncleanShutdown; see commit.Member."""
-        with self._announce_lock:
-            if not self._announced:
-                self.storage.write(b"\x01", UNCLEAN_AT)
-                self.touched = self._announced = True
-
-    def finish(self) -> None:
-        """End a session of writing, after its last commit: cut the tail, clear uncleanShutdown.
-
-        A flag that an earlier crash left is not ours to clear.
-        """
-        self._allocator.trim_tail()
-        with self._announce_lock:
-            if self._announced and not self.header.unclean:
-                self.storage.write(b"\x00", UNCLEAN_AT)
-                self.storage.sync()
-                self._announced = False
 
 
 def check_grain_area(header: HostedHeader, storage: Storage) -> None:

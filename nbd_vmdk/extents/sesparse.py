@@ -1,4 +1,21 @@
-"""seSparse extents, the deltas of newer ESXi; read only, for the reasons ondisk/sesparse.py gives."""
+"""seSparse extents, the deltas of newer ESXi; read only.
+
+A writer could not be proven right, because four things that it must keep are known by name alone:
+
+*   the free bitmap has a bit for each grain of the file, but in which order the bits of a byte count is not
+    known; with one wrong bit ESXi gives a grain that is in use to another place of the disk;
+*   the back map says for each grain of the file which table uses it, in an encoding that nobody has told;
+    ESXi moves grains by it when it gives space back;
+*   the journal's records and its header are unknown, so a commit can't be made as ESXi makes it, and after a
+    crash in the middle ESXi would replay what an earlier session left there;
+*   the volatile header's freeGTNumber and nextTxnSeqNumber are inferred from few files, and what ESXi
+    concludes from a number that does not fit is unknown.
+
+Directory and tables alone could be written as those of other kinds are, and readers that know no more than
+these would be content.  But ESXi is what the kind is for, and it would lose data.  What it takes are images
+before and after known writes on ESXi itself, each with its bitmap, back map and journal; the proof would be
+the opposite way, ESXi's own check of what was written here.  Till then a hosted child over it can be written.
+"""
 
 from array import array
 from typing import Final

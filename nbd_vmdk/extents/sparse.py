@@ -10,18 +10,23 @@ grain's bytes are in the file, so a reader sees the old state or the new one, ne
 What is not done here: an entry is set in memory only; commit.py brings it to disk.
 """
 
+import threading
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.errors import BadField, FormatError, VmdkError
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
+from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR
 
+#: Looking a member of an enum up takes as long as a step of arithmetic, and each request does it.
+_DATA: Final = Kind.DATA
 #: Copy-on-write of grains larger than this goes piece by piece.
 _PIECE = MIB
 #: Memory that a freed grain occupies until its blocks are given back, roughly.
@@ -80,13 +85,13 @@ class SparseExtent(Extent):
                 return Kind.HOLE, min((number + 1) * self._entries * grain - offset, length), None, 0
         entry = table[slot]
         if entry >= self._lowest:
-            kind, at = Kind.DATA, entry * SECTOR
+            kind, at = _DATA, entry * SECTOR
         else:
             kind, at = self._decode(entry, index)
         room = grain - within
         if length > room:
             length = min(length, room + self._following(table, slot, entry, kind, length - room))
-        if kind is Kind.DATA:
+        if kind is _DATA:
             return kind, length, self.storage, at + within
         return kind, length, None, 0
 
@@ -137,40 +142,79 @@ class SparseExtent(Extent):
         )
 
 
-class WritableSparseExtent(SparseExtent):
+class WritableSparseExtent(SparseExtent, WritableExtent):
     """A sparse extent whose tables may be changed: the writing half, for kinds with 32-bit entries.
 
-    A subclass provides the tables' creation (:meth:`_create_table`) and says in ``zero_entry`` how a grain
-    of zeros that hides the parent is written, None if it can't be.
+    A subclass says in ``zero_entry`` how a grain of zeros that hides the parent is written, None if it can't
+    be; and calls :meth:`enable_writing` where its file is open for that.
     """
 
     zero_entry: int | None = None
 
-    def enable_writing(self, allocator: Allocator, directories: Sequence[Pages]) -> None:
-        """Make the extent writable; ``directories`` are committed after the tables."""
+    def enable_writing(
+        self, places: GrainTables, allocator: Allocator, *, unclean_at: int, was_unclean: bool
+    ) -> None:
+        """Make the extent writable.
+
+        ``unclean_at`` is the byte that says that the file is being written; ``was_unclean``: it says so now.
+        """
+        self._places = places
         self._allocator = allocator
-        self.tables: tuple[Pages, ...] = (self._tables, *directories)
+        # Directories come after the tables that they name.
+        self.tables = (self._tables, *places.directories)
         self._freed: list[int] = []
+        self._unclean_at = unclean_at
+        self._was_unclean = was_unclean
+        self._announced = False
+        self._announce_lock = threading.Lock()
         self.writable = True
 
-    @abstractmethod
-    def _create_table(self, number: int) -> None:
-        """Give table ``number``, which does not exist, a place; its lock is held by the caller."""
+    def _create_table(self, number: int, content: bytes = b"") -> None:
+        """Give table ``number`` a place wherever a directory names none; its lock is held by the caller."""
+        directories = self._places.lacking(number)
+        places = self._places.reserve(directories, self._allocator)
+        if content:
+            for at in places:
+                self.storage.write(content, at)
+        self.touched = True  # what is behind a directory's entry must be durable before the entry
+        self._places.enter(number, directories, places)
+
+    def announce(self) -> None:
+        """See WritableExtent: set the unclean flag."""
+        with self._announce_lock:
+            if not self._announced:
+                self.storage.write(b"\x01", self._unclean_at)
+                self.touched = self._announced = True
+
+    def finish(self) -> None:
+        """See WritableExtent: cut the tail off, clear the unclean flag.
+
+        A flag that an earlier crash left is not ours to clear.
+        """
+        self._allocator.trim_tail()
+        with self._announce_lock:
+            if self._announced and not self._was_unclean:
+                self.storage.write(b"\x00", self._unclean_at)
+                self.storage.sync()
+                self._announced = False
 
     @property
     def held(self) -> int:
-        """See commit.Member."""
-        return sum(pages.pinned_bytes for pages in self.tables) + len(self._freed) * _FREED_COST
+        """See WritableExtent."""
+        total = len(self._freed) * _FREED_COST
+        for pages in self.tables:
+            total += pages.pinned_bytes
+        return total
 
     def take_freed(self) -> list[int]:
-        """See commit.Member."""
+        """See WritableExtent."""
         freed = self._freed
         taken = freed[:]
         del freed[: len(taken)]
         return taken
 
     def release(self, positions: list[int]) -> None:
-        """See commit.Member: neighbours are given back in one piece."""
+        """See WritableExtent: neighbours are given back in one piece."""
         positions = sorted(positions)
         first = 0
         for index, at in enumerate(positions, 1):
@@ -181,7 +225,7 @@ class WritableSparseExtent(SparseExtent):
                 first = index
 
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
-        """See Extent."""
+        """See WritableExtent."""
         ticket = self._allocator.ticket()
         try:
             self._write(buf, offset, below)
@@ -193,15 +237,16 @@ class WritableSparseExtent(SparseExtent):
         done = 0
         while done < length:
             kind, count, _source, at = self.map(offset + done, length - done)
-            if kind is Kind.DATA:
+            piece = buf if count == length else buf[done : done + count]
+            if kind is _DATA:
                 if at + count > self._allocator.end:
                     # The file was cut off. Writing there would make it longer behind the allocator's back.
                     index = (offset + done) // self.grain
                     raise self._bad_entry(at // SECTOR, index, "points beyond the end of the file")
-                self.storage.write(buf[done : done + count], at)
+                self.storage.write(piece, at)
                 self.touched = True
             else:
-                count = self._fill(buf[done : done + count], offset + done, below)
+                count = self._fill(piece, offset + done, below)
             done += count
 
     def _fill(self, buf: memoryview, offset: int, below: Below | None) -> int:
@@ -211,39 +256,48 @@ class WritableSparseExtent(SparseExtent):
         within = offset - index * grain
         number, slot = divmod(index, self._entries)
         with self._tables.lock(number):
-            table = self._table_for_change(number)
-            kind, _at = self._decode_slot(table, slot, index)
-            if kind is Kind.DATA:
+            # A table that is changed already was made ready for it then.
+            table = self._pinned.get(number) or self._table_for_change(number)
+            entry = table[slot]
+            if entry >= self._lowest:
+                return 0
+            kind, _at = self._decode(entry, index)
+            if kind is _DATA:
                 return 0
             grains = 1
-            if within or len(buf) < grain:
-                count = min(grain - within, len(buf))
+            count = len(buf)
+            if within or count < grain:
+                count = min(grain - within, count)
             else:
                 while (grains + 1) * grain <= len(buf) and self._decode_slot(
                     table, slot + grains, index + grains
-                )[0] is not Kind.DATA:
+                )[0] is not _DATA:
                     grains += 1
                 count = grains * grain
+            piece = buf if count == len(buf) else buf[:count]
             at = self._allocator.take_grains(grains)
             try:
                 if count % grain:
-                    below = below if kind is Kind.HOLE else None
-                    self._write_partial(buf[:count], within, at, index, below)
+                    self._write_partial(piece, within, at, index, below if kind is Kind.HOLE else None)
                 else:
-                    self.storage.write(buf[:count], at)
+                    self.storage.write(piece, at)
             except VmdkError:
                 # No table names the space yet; what did get written there is released with the next commit.
                 self._freed += range(at, at + grains * grain, grain)
                 raise
             self.touched = True
             table = self._tables.pin(number)
-            for i in range(grains):
+            table[slot] = at // SECTOR
+            for i in range(1, grains):
                 table[slot + i] = (at + i * grain) // SECTOR
             self._tables.mark_dirty(number)
         return count
 
     def _table_for_change(self, number: int) -> "array[int]":
-        """The table to look at before changing it, made if it does not exist; its lock is held."""
+        """The table to look at before changing it, made if it does not exist; its lock is held.
+
+        It is pinned only after all that can fail.
+        """
         table = self._tables.load(number)
         if table is None:
             self._create_table(number)
@@ -256,13 +310,14 @@ class WritableSparseExtent(SparseExtent):
 
     def _write_partial(self, buf: memoryview, within: int, at: int, index: int, below: Below | None) -> None:
         """Fill a new grain: ``buf`` at ``within``, the rest from below; new space is zeros already."""
+        if below is None:
+            self.storage.write(buf, at + within)
+            return
         start = index * self.grain
         end = within + len(buf)
         # The last grain may reach past the extent's end; what is there stays zeros.
         stop = min(self.grain, self.size - start)
-        if below is None:
-            self.storage.write(buf, at + within)
-        elif self.grain <= _PIECE:
+        if self.grain <= _PIECE:
             whole = memoryview(bytearray(stop))
             if within:
                 below(whole[:within], start)
@@ -282,12 +337,15 @@ class WritableSparseExtent(SparseExtent):
             if piece.count(0) != len(piece):
                 self.storage.write(piece, at + begin)
 
-    def must_write_zeros(self, offset: int, length: int, below: Below | None) -> bool:
-        """See Extent."""
-        return any(self._needs_writing(*piece, below) for piece in self._pieces(offset, length, below))
+    def must_write_zeros(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """See WritableExtent."""
+        return any(
+            self._needs_writing(*piece, below, may_trim=may_trim)
+            for piece in self._pieces(offset, length, below)
+        )
 
     def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
-        """See Extent.
+        """See WritableExtent.
 
         Whole grains lose their space if they may and if an entry can say "zeros" here; a grain that keeps its
         space is zeroed in the file, which file systems do without writing.  Only a grain that must be
@@ -299,7 +357,7 @@ class WritableSparseExtent(SparseExtent):
                     self.write(memoryview(bytes(min(_PIECE, start + count - begin))), begin, below)
 
     def trim(self, offset: int, length: int, below: Below | None) -> None:
-        """See Extent.
+        """See WritableExtent.
 
         Whole grains lose their space if an entry can say "zeros" here; else a grain stays and the blocks
         inside go back to the file system.  Over the parent's bytes that no entry can hide, nothing happens.
@@ -308,7 +366,11 @@ class WritableSparseExtent(SparseExtent):
             self._zero_piece(start, count, below, may_trim=True)
 
     def _pieces(self, offset: int, length: int, below: Below | None) -> Iterator[tuple[int, int]]:
-        """Split a range at grain edges, passing over what reads as zeros already."""
+        """Split a range into parts of a grain and rows of whole ones, without what reads as zeros already.
+
+        A row lies in one table, and its grains were of one kind when they were looked at.
+        """
+        grain = self.grain
         end = offset + length
         while offset < end:
             kind, count, _source, _at = self.map(offset, end - offset)
@@ -316,41 +378,70 @@ class WritableSparseExtent(SparseExtent):
             if kind is Kind.ZERO or (kind is Kind.HOLE and below is None):
                 offset = stop
             while offset < stop:
-                edge = min(stop, (offset // self.grain + 1) * self.grain)
+                edge = stop if stop == self.size else stop - stop % grain
+                if offset % grain or edge <= offset:
+                    edge = min(stop, (offset // grain + 1) * grain)
                 yield offset, edge - offset
                 offset = edge
 
     def _is_whole(self, offset: int, length: int) -> bool:
-        return offset % self.grain == 0 and (length == self.grain or offset + length == self.size)
+        return offset % self.grain == 0 and (length % self.grain == 0 or offset + length == self.size)
 
-    def _needs_writing(self, offset: int, length: int, below: Below | None) -> bool:
-        """Zeroing this part of a grain means writing zeros: the parent shows and no entry can hide it."""
-        if self.map(offset, length)[0] is not Kind.HOLE or below is None:
-            return False
-        return self.zero_entry is None or not self._is_whole(offset, length)
+    def _needs_writing(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Zeroing this part of a grain means writing zeros.
+
+        The parent shows and no entry can hide it, or the grain is kept and the file system can't zero it.
+        """
+        has_entry = self._is_whole(offset, length) and (below is None or self.zero_entry is not None)
+        if self.map(offset, length)[0] is Kind.DATA:
+            return not (has_entry and may_trim) and not self.storage.zeroes_fast(punch=may_trim)
+        return not has_entry and below is not None
 
     def _zero_piece(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
-        """Zero a part of one grain without writing data; False where that can't be."""
+        """Zero a part of a grain, or a row of whole ones, without writing data.
+
+        False where that can't be; grains of its own are then zeros all the same.
+        """
         index = offset // self.grain
         number, slot = divmod(index, self._entries)
+        grains = -(-(offset % self.grain + length) // self.grain)
         entry = self.zero_entry if below is not None else 0
         if not self._is_whole(offset, length):
             entry = None
         with self._tables.lock(number):
             table = self._tables.load(number)
-            kind, at = (Kind.HOLE, 0) if table is None else self._decode_slot(table, slot, index)
-            if kind is Kind.ZERO or (kind is Kind.HOLE and below is None):
+            if table is None and below is None:
                 return True
-            if kind is Kind.DATA and (entry is None or not may_trim):
-                place = at + offset % self.grain
-                (self.storage.punch if may_trim else self.storage.zero)(place, length)
+            # What must change: grains in the file by their places, and those that nothing is there of.
+            places, holes = [], []
+            for i in range(grains):
+                kind, at = (Kind.HOLE, 0) if table is None else self._decode_slot(table, slot + i, index + i)
+                if kind is Kind.DATA:
+                    places.append((i, at))
+                elif kind is Kind.HOLE and below is not None:
+                    holes.append(i)
+            if entry is None or not may_trim:
+                self._zero_places(places, offset, length, may_trim=may_trim)
+                places = []
+            if entry is not None and (places or holes):
+                self._table_for_change(number)
+                table = self._tables.pin(number)
+                for i in (*holes, *(i for i, _at in places)):
+                    table[slot + i] = entry
+                self._tables.mark_dirty(number)
+                self._freed += [at for _i, at in places]
+            return entry is not None or not holes
+
+    def _zero_places(
+        self, places: list[tuple[int, int]], offset: int, length: int, *, may_trim: bool
+    ) -> None:
+        """Zero grains where they are, or a part of one; neighbours in one call."""
+        within = offset % self.grain
+        first = 0
+        for last, (number, at) in enumerate(places, 1):
+            if last == len(places) or places[last][1] != at + self.grain:
+                begin = places[first][1] + within
+                end = at + min(self.grain, within + length - number * self.grain)
+                (self.storage.punch if may_trim else self.storage.zero)(begin, end - begin)
                 self.touched = True
-                return True
-            if entry is None:
-                return False
-            self._table_for_change(number)
-            self._tables.pin(number)[slot] = entry
-            self._tables.mark_dirty(number)
-            if kind is Kind.DATA:
-                self._freed.append(at)
-            return True
+                first = last

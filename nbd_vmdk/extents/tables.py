@@ -8,11 +8,12 @@ asking the file system for holes and comparing whole stretches with zeros.
 from abc import ABC, abstractmethod
 from typing import Final
 
+from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import BadField, FormatError
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.units import KIB
+from nbd_vmdk.units import KIB, SECTOR
 
 #: Bytes of a directory that are read together.
 _DIRECTORY_PAGE: Final = 4 * KIB
@@ -89,6 +90,32 @@ class GrainTables(ABC):
             why="no grain table can be there",
             hint="the image is damaged, or was cut off; what other tables map can still be read",
         )
+
+    @property
+    def directories(self) -> list[Pages]:
+        """All directories: a kind may have a second one."""
+        return [self.directory]
+
+    # Making tables, for kinds whose directory entries are sectors.
+
+    def lacking(self, number: int) -> list[Pages]:
+        """The directories that name no place for a table; what names a place where none can be is damage."""
+        return [pages for pages in self.directories if not self.entry(pages, number)]
+
+    def reserve(self, directories: list[Pages], allocator: Allocator) -> list[int]:
+        """Byte positions for a table in each of ``directories``, zeros at the end of the file."""
+        return [allocator.take_table(self._length) for _ in directories]
+
+    def enter(self, number: int, directories: list[Pages], places: list[int]) -> None:
+        """Enter a table in directories.
+
+        All that can fail came before: a table without its twin is damage to some readers.
+        """
+        page, slot = divmod(number, self.directory.per_page)
+        for directory, at in zip(directories, places, strict=True):
+            with directory.lock(page):
+                directory.pin(page)[slot] = at // SECTOR
+                directory.mark_dirty(page)
 
     def empty_from(self, number: int, limit: int) -> int:
         """How many tables from ``number`` on, ``limit`` at most, hold nothing or do not exist."""

@@ -1,12 +1,13 @@
-"""Whether a hosted extent that was not closed cleanly may be written: the fast part of a check.
+"""Whether an extent with tables that was not closed cleanly may be written: the fast part of a check.
 
 Whoever writes trusts the tables.  An entry that names the place of a table, or a place behind the end of the
-file where the next new grain will go, turns that trust into damage elsewhere.  So before the first write both
-directories and all tables are looked at once.
+file where the next new grain will go, turns that trust into damage elsewhere.  So before the first write all
+directories and tables are looked at once.
 
 A crash leaves none of what is refused here: data come before tables, tables before directories, and the file
-is lengthened before all.  What a crash does leave is let through: a table that differs from its twin, and an
-entry that one of the directories lacks.  Grains that share a place are not looked for: `nbd-vmdk check` does.
+is lengthened before all.  What a crash does leave is let through: a table that differs from its twin, an
+entry that one of the directories lacks, a freeSector that is wrong.  Grains that share a place are not looked
+for: `nbd-vmdk check` does.
 
 Without numpy, which takes longer to import than most images take to be looked at: reading runs of tables and
 comparing whole tables is the work, and Python's max() and min() do the rest.
@@ -21,6 +22,8 @@ from itertools import pairwise
 from typing import Final
 
 from nbd_vmdk.errors import BadField
+from nbd_vmdk.ondisk import cowd
+from nbd_vmdk.ondisk.cowd import CowdHeader
 from nbd_vmdk.ondisk.hosted import HostedHeader, check_directory
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, align_up
@@ -34,6 +37,32 @@ _HINT: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """What the kinds differ in; places and lengths in sectors.
+
+    directories   name -> byte at which it begins; the first one is that which readers go by
+    entries       how many each of them has
+    areas         [begin, end) of all that is neither a grain nor a table
+    lowest        where grains may begin
+    codes         entries of tables below this are codes, no places
+    """
+
+    directories: dict[str, int]
+    entries: int
+    entries_per_table: int
+    grain: int
+    capacity: int
+    areas: list[tuple[int, int]]
+    lowest: int
+    codes: int
+
+    @property
+    def table(self) -> int:
+        """Sectors of a table."""
+        return align_up(self.entries_per_table * 4, SECTOR) // SECTOR
+
+
 def quick_check(storage: Storage, header: HostedHeader) -> None:
     """Look at the directories and tables of an uncompressed hosted extent; ``header`` is its own.
 
@@ -41,24 +70,62 @@ def quick_check(storage: Storage, header: HostedHeader) -> None:
     full.  Raises BadField for the first thing that makes writing dangerous, and what check_directory raises.
     """
     check_directory(header, storage.size, storage.name)
-    if header.directory_entries > _MOST_TABLES:
-        why = f"tables in it are looked at before writing, but not more than {_MOST_TABLES}"
-        raise _bad(storage, "the size of the grain directory", header.directory_entries, why)
-    length = align_up(header.entries_per_table * 4, SECTOR) // SECTOR
+    area = align_up(header.directory_entries * 4, SECTOR) // SECTOR
     directories = {"grain directory": header.directory_at}
+    areas = [(0, 1), (header.directory_sector, header.directory_sector + area)]
     if header.redundant_at is not None:
         directories["redundant directory"] = header.redundant_at
+        areas.append((header.redundant_sector, header.redundant_sector + area))
+    if header.descriptor_sector:
+        first = header.descriptor_sector
+        areas.append((first, first + header.descriptor_sectors))
+    layout = _Layout(
+        directories=directories,
+        entries=header.directory_entries,
+        entries_per_table=header.entries_per_table,
+        grain=header.grain_sectors,
+        capacity=header.capacity_sectors,
+        areas=areas,
+        lowest=max(header.overhead_sectors, 2),
+        codes=2,
+    )
+    _look(storage, layout)
+
+
+def quick_check_cowd(storage: Storage, header: CowdHeader) -> None:
+    """The same for a COWD extent with grains of a sector.  Takes 3 ms for 64 MiB of data, 40 ms for 1 GiB.
+
+    Raises BadField.
+    """
+    front = -(-header.overhead // SECTOR)
+    layout = _Layout(
+        directories={"grain directory": header.directory_sector * SECTOR},
+        entries=header.directory_entries,
+        entries_per_table=cowd.ENTRIES_PER_TABLE,
+        grain=header.grain_sectors,
+        capacity=header.capacity_sectors,
+        areas=[(0, front)],
+        lowest=front,
+        codes=1,
+    )
+    _look(storage, layout)
+
+
+def _look(storage: Storage, layout: _Layout) -> None:
+    if layout.entries > _MOST_TABLES:
+        why = f"tables in it are looked at before writing, but not more than {_MOST_TABLES}"
+        raise _bad(storage, "the size of the grain directory", layout.entries, why)
     places: dict[str, array[int]] = {}
-    for name, at in directories.items():
-        entries = places[name] = _words(storage.read(at, header.directory_entries * 4))
-        last = storage.size // SECTOR - length
+    for name, at in layout.directories.items():
+        entries = places[name] = _words(storage.read(at, layout.entries * 4))
+        last = max(storage.size // SECTOR - layout.table, 0)
         if max(entries, default=0) > last:
             number = next(number for number, entry in enumerate(entries) if entry > last)
             raise _bad(
                 storage, f"entry {number} of the {name}", entries[number], "no grain table can be there"
             )
-    metadata = _metadata(storage, header, _ascending(places.values()), length)
-    _check_entries(storage, header, places["grain directory"], metadata)
+    metadata = _metadata(storage, layout, _ascending(places.values()))
+    _check_entries(storage, layout, next(iter(places.values())), metadata)
 
 
 def _words(raw: bytes) -> "array[int]":
@@ -100,16 +167,10 @@ class _Metadata:
         return index < len(self.tables) and self.tables[index] < last
 
 
-def _metadata(storage: Storage, header: HostedHeader, tables: "array[int]", length: int) -> _Metadata:
+def _metadata(storage: Storage, layout: _Layout, tables: "array[int]") -> _Metadata:
     """Where header, descriptor, directories and tables lie; none may lie on another."""
-    area = align_up(header.directory_entries * 4, SECTOR) // SECTOR
-    others = [(0, 1), (header.directory_sector, header.directory_sector + area)]
-    if header.redundant_at is not None:
-        others.append((header.redundant_sector, header.redundant_sector + area))
-    if header.descriptor_sector:
-        first = header.descriptor_sector
-        others.append((first, first + header.descriptor_sectors))
-    others.sort()
+    others = sorted(layout.areas)
+    length = layout.table
     found = _Metadata(tables, length, others)
     twice = [two for one, two in pairwise(tables) if two - one < length]
     twice += [begin for (_, end), (begin, _) in pairwise(others) if begin < end]
@@ -119,41 +180,39 @@ def _metadata(storage: Storage, header: HostedHeader, tables: "array[int]", leng
     return found
 
 
-def _check_entries(
-    storage: Storage, header: HostedHeader, directory: "array[int]", metadata: _Metadata
-) -> None:
+def _check_entries(storage: Storage, layout: _Layout, directory: "array[int]", metadata: _Metadata) -> None:
     """Every entry must be a code, or name a place for a whole grain: behind the overhead, on no table."""
-    lowest = max(header.overhead_sectors, 2)
-    grain = header.grain_sectors
+    lowest, grain = layout.lowest, layout.grain
     sectors = storage.size // SECTOR
-    last_grain = (header.capacity_sectors - 1) // grain
-    for number, table in _tables(storage, header, directory):
+    last_grain = (layout.capacity - 1) // grain
+    for number, table in _tables(storage, directory, layout.entries_per_table * 4):
         high, low = max(table), min(filter(None, table))
         if high + grain > sectors or low < lowest:
             for slot, entry in enumerate(table):
-                index = number * header.entries_per_table + slot
+                index = number * layout.entries_per_table + slot
                 # Of the last grain only the part is needed that the guest can see.
-                need = header.capacity_sectors - index * grain if index == last_grain else grain
-                if entry > 1 and index <= last_grain and not lowest <= entry <= sectors - need:
+                need = layout.capacity - index * grain if index == last_grain else grain
+                if entry >= layout.codes and index <= last_grain and not lowest <= entry <= sectors - need:
                     why = "no grain can be there"
                     raise _bad(storage, f"the table entry of grain {index}", entry, why)
         # Tables that were made later lie among the grains.
         near = metadata.tables_between(max(low, lowest), high + grain)
         others = [(begin, end) for begin, end in metadata.others if end > lowest and begin < high + grain]
         if near or others:
-            _refuse_over_tables(storage, number, table, grain, metadata, near, others)
+            _refuse_over_tables(storage, layout, number, table, metadata, near, others)
 
 
 def _refuse_over_tables(
     storage: Storage,
+    layout: _Layout,
     number: int,
     table: "array[int]",
-    grain: int,
     metadata: _Metadata,
     near: "array[int]",
     others: list[tuple[int, int]],
 ) -> None:
-    entries = [entry for entry in sorted(table) if entry > 1]
+    grain = layout.grain
+    entries = [entry for entry in sorted(table) if entry >= layout.codes]
     if len(near) < len(entries):
         others = [*others, *((begin, begin + metadata.length) for begin in near)]
         bad = []
@@ -167,11 +226,8 @@ def _refuse_over_tables(
         raise _bad(storage, field, bad[0], "another table or a directory lies there")
 
 
-def _tables(
-    storage: Storage, header: HostedHeader, directory: "array[int]"
-) -> "Iterator[tuple[int, array[int]]]":
+def _tables(storage: Storage, directory: "array[int]", length: int) -> "Iterator[tuple[int, array[int]]]":
     """The tables that are not all zeros, by number; those that follow each other are read together."""
-    length = header.entries_per_table * 4
     empty = bytes(length)
     most = max(_READ // length, 1)
     first = 0

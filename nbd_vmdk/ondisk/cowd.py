@@ -13,11 +13,15 @@ from nbd_vmdk.units import MIB, SECTOR
 MAGIC: Final = b"COWD"
 ENTRIES_PER_TABLE: Final = 4096
 FLAG_INCONSISTENT: Final = 4
+#: Bytes of the header at which a writer changes it.
+FREE_SECTOR_AT: Final = 28
+UNCLEAN_AT: Final = 1648
+#: The last byte at which a grain of any size may end, so that freeSector, 32 bits wide, can name it.
+MAX_END: Final = 0xFFFF_FFFF * SECTOR
 
 _HEADER: Final = struct.Struct("<4sIIIIIII")
 _SIZE: Final = 2048
 _UNCLEAN: Final = struct.Struct("<I")
-_UNCLEAN_AT: Final = 1648
 _MAX_GRAIN_SECTORS: Final = MIB // SECTOR
 _MAX_VERSION: Final = 1
 
@@ -26,6 +30,7 @@ _MAX_VERSION: Final = 1
 class CowdHeader:
     """A valid header; ``free_sector`` is only a hint, QEMU never updates it."""
 
+    version: int
     flags: int
     capacity_sectors: int
     grain_sectors: int
@@ -38,6 +43,11 @@ class CowdHeader:
     def overhead(self) -> int:
         """The byte before which no table or grain can lie."""
         return self.directory_sector * SECTOR + self.directory_entries * 4
+
+    @property
+    def suspect(self) -> bool:
+        """Whether its last writer left a mark that he did not come to an end."""
+        return self.unclean or bool(self.flags & FLAG_INCONSISTENT)
 
 
 def parse_header(data: bytes, file: str) -> CowdHeader:
@@ -64,11 +74,12 @@ def parse_header(data: bytes, file: str) -> CowdHeader:
     if directory * SECTOR < _SIZE:
         raise refuse("gdOffset", directory, "the directory would lie over the header")
     return CowdHeader(
+        version=version,
         flags=flags,
         capacity_sectors=capacity,
         grain_sectors=grain,
         directory_sector=directory,
         directory_entries=needed,
         free_sector=free,
-        unclean=bool(_UNCLEAN.unpack_from(data, _UNCLEAN_AT)[0]),
+        unclean=bool(_UNCLEAN.unpack_from(data, UNCLEAN_AT)[0]),
     )

@@ -62,6 +62,13 @@ class Storage(ABC):
         """
         raise WriteRefused(self.name, why="it is open for reading only")
 
+    def zeroes_fast(self, *, punch: bool) -> bool:
+        """Whether zeroing, or punching, costs no writing of zeros, as far as is known.
+
+        What a file system can't do is learned when it is asked to do it first.
+        """
+        return True
+
     def truncate(self, size: int) -> None:
         """Make the file exactly ``size`` bytes; what is new reads as zeros."""
         raise WriteRefused(self.name, why="it is open for reading only")

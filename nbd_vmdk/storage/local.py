@@ -96,21 +96,23 @@ class LocalFile(Storage):
             done += got
 
     def read(self, at: int, length: int) -> bytes:
-        if at + length > self.size:
+        if length > MIB and at + length > self.size:  # memory is not taken for what can't be there
             raise Truncated(self.name, what="a read", need=at + length, have=self.size)
         try:
             data = os.pread(self._fd, length, at)
         except OSError as error:
             raise StorageError.of(error, self.name, f"read at byte {at}") from error
+        except OverflowError as error:
+            raise Truncated(self.name, what="a read", need=at + length, have=self.size) from error
         return data if len(data) == length else super().read(at, length)
 
     def write(self, buf: bytes | bytearray | memoryview, at: int) -> None:
         if not self.writable:
             super().write(buf, at)
         try:
-            with memoryview(buf) as view:
-                done = os.pwrite(self._fd, view, at)
-                if done != view.nbytes:
+            done = os.pwrite(self._fd, buf, at)
+            if done != len(buf):
+                with memoryview(buf) as view:
                     self._write_rest(view.cast("B"), at, done)
         except OSError as error:
             raise StorageError.of(error, self.name, f"write at byte {at}") from error
@@ -136,6 +138,9 @@ class LocalFile(Storage):
             super().punch(at, length)
         if not self._fallocate(_PUNCH_HOLE, at, length):
             self._write_zeros(at, min(length, self.size - at))
+
+    def zeroes_fast(self, *, punch: bool) -> bool:
+        return self._can[_PUNCH_HOLE if punch else _ZERO_RANGE]
 
     def _fallocate(self, mode: int, at: int, length: int) -> bool:
         """Whether the kernel did it; False means: write zeros instead.  The size stays."""

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.extents.vetting import quick_check
+from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
+from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.hosted import parse_header
 from nbd_vmdk.storage.memory import MemoryStorage
-from tests.breaking import BREAKS, CONTENT, Break, sparse
+from tests.breaking import BREAKS, CONTENT, Break, delta, sparse
 from tests.images import desc, peek, poke
-from tests.images.content import SECTOR
+from tests.images.content import SECTOR, Content
 from tests.images.desc import Image
 
 #: What may not be written; everything else of a hosted extent is harmless, or not looked for.
@@ -120,3 +121,55 @@ def test_what_a_crash_leaves_passes(tmp_path: Path, redundant: bool) -> None:
         poke(image.path, extent.gte_at(grain, redundant=redundant), bytes(4))
     poke(image.path, 72, b"\1")
     vet(image.path)
+
+
+# COWD
+
+
+#: What of a COWD extent may not be written; freeSector, flags and generations are harmless.
+DANGEROUS_COWD = {
+    "cowd-gde",
+    "cowd-gde-low",
+    "cowd-gte-past-end",
+    "cowd-gte-low",
+    "cowd-over-table",
+    "cowd-cut",
+}
+COWD = [broken for broken in BREAKS if broken.name.startswith("cowd-") and broken.name != "cowd-version"]
+
+
+def vet_cowd(path: str) -> None:
+    storage = MemoryStorage(peek(path, 0, os.path.getsize(path)), path)
+    quick_check_cowd(storage, cowd.parse_header(storage.read(0, 2048), path))
+
+
+@pytest.mark.parametrize("broken", COWD, ids=lambda broken: broken.name)
+def test_dangerous_damage_of_cowd_is_refused(tmp_path: Path, broken: Break) -> None:
+    image = broken.build(str(tmp_path))
+    broken.damage(image)
+    path = image.cowd().path
+    if broken.name not in DANGEROUS_COWD:
+        vet_cowd(path)
+        return
+    with pytest.raises(VmdkError) as caught:
+        vet_cowd(path)
+    assert caught.value.file == path
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grain_sectors": 8, "shuffle_grains": 3},
+        {"preallocate_tables": True},
+        {"first_sector": 99, "grow_to": 1 << 20, "free_sector": 1},
+    ],
+)
+def test_sound_cowd_passes(tmp_path: Path, options: dict[str, int]) -> None:
+    vet_cowd(delta(**options)(str(tmp_path)).cowd().path)
+
+
+def test_an_empty_cowd_passes(tmp_path: Path) -> None:
+    """The file ends with its directory: there is no room for a table, and none is named."""
+    vet_cowd(desc.vmfs_sparse(str(tmp_path), "disk", Content(1 << 20)).cowd().path)

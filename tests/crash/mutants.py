@@ -9,12 +9,12 @@ from unittest.mock import patch
 
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.disk import Disk
-from nbd_vmdk.extents.hosted import HostedExtent
+from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.sparse import WritableSparseExtent
 from nbd_vmdk.pages import DirtyPage, Pages
 from nbd_vmdk.storage.base import Storage
 
-RIGHT = "flag take data write sync release"
+RIGHT = "take-and-flag data write sync release"
 
 
 def _commit_in(order: str) -> Callable[[Committer], None]:
@@ -37,12 +37,21 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
             for member in self._members:
                 self._take(member, taken)
 
+        def take_and_flag() -> None:
+            for member in self._members:
+                if self._take(member, taken):
+                    member.announce()
+
         def write() -> None:
             written.extend(self._write_tables(pages, dirty) for pages, dirty in taken)
 
         def flag_all() -> None:
             for member in self._members:
                 member.announce()
+
+        def flags_alone() -> None:
+            with patch.object(CowdExtent, "announce", _without_free_sector):
+                flag()
 
         def data_without_cid() -> None:
             with patch.object(self, "_announce", lambda: None):
@@ -56,7 +65,9 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
         steps: dict[str, Callable[[], Any]] = {
             "flag": flag,
             "all-flags": flag_all,
+            "flags-alone": flags_alone,
             "take": take,
+            "take-and-flag": take_and_flag,
             "data": self._sync_data,
             "data-without-cid": data_without_cid,
             "write": write,
@@ -92,8 +103,7 @@ _zero_piece = WritableSparseExtent._zero_piece
 def _close_early(self: Disk) -> None:
     """The flag falls before the last commit is made."""
     for extent in self._members:
-        if isinstance(extent, HostedExtent):
-            extent.finish()
+        extent.finish()
     _close(self)
 
 
@@ -114,11 +124,18 @@ def _wrong_twin(self: Committer, pages: Pages, dirty: list[DirtyPage]) -> Storag
     return pages.storage
 
 
-LOST = "guest byte"
-FLAG = "unclean flag is not set"
+def _without_free_sector(self: CowdExtent) -> None:
+    """Only the flag is set."""
+    WritableSparseExtent.announce(self)
+
+
+#: Bytes that are not what they must be, or a grain that is not even in the file.
+LOST = ("guest byte", "no grain can be there")
+FLAG = ("unclean flag is not set",)
+FREE = ("is lower than what is used",)
 
 #: The attribute of the engine that each replaces, and what the judge says of it.
-MUTANTS: dict[str, tuple[type, str, Any, str]] = {
+MUTANTS: dict[str, tuple[type, str, Any, tuple[str, ...]]] = {
     "tables are written before the data is durable": (
         Committer,
         "_commit",
@@ -141,7 +158,7 @@ MUTANTS: dict[str, tuple[type, str, Any, str]] = {
         Committer,
         "_commit",
         _commit_in("flag take data-without-cid write sync release late-cid"),
-        "the content ID is what it was",
+        ("the content ID is what it was",),
     ),
     "the unclean flag is set last": (
         Committer,
@@ -154,7 +171,17 @@ MUTANTS: dict[str, tuple[type, str, Any, str]] = {
     "the unclean flag falls before the last commit": (Disk, "close", _close_early, FLAG),
     "FUA is forgotten": (Disk, "pwrite", _write_without_fua, LOST),
     "twins are not written": (Committer, "_write_tables", _wrong_twin, LOST),
+    "freeSector is not kept": (CowdExtent, "announce", _without_free_sector, FREE),
+    "freeSector is written last": (
+        Committer,
+        "_commit",
+        _commit_in("flags-alone take data write sync release all-flags sync-members"),
+        FREE,
+    ),
 }
+#: What can only be seen in one sort of extents.
+HOSTED_ONLY = {"twins are not written"}
+COWD_ONLY = {"freeSector is not kept", "freeSector is written last"}
 
 
 @contextmanager

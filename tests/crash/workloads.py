@@ -30,6 +30,8 @@ TOP = "top.vmdk"
 SIZE = 96 * KIB
 #: Not a multiple of any grain: the last one reaches past the end of the disk.
 ODD_SIZE = SIZE - 3 * SECTOR
+#: As many entries as fill a sector.
+COWD_ENTRIES = 128
 
 
 @dataclass
@@ -116,6 +118,32 @@ def _child(*, split: bool = False, sparse_parent: bool = False, **options: Any) 
     return build
 
 
+def _cowd(size: int = SIZE) -> Callable[[str, random.Random], None]:
+    def build(folder: str, rng: random.Random) -> None:
+        shape = _cowd_shape(rng)
+        content = Content.random(size, rng.randrange(1000), 0.4, grain=shape["grain_sectors"] * SECTOR)
+        desc.vmfs_sparse(folder, "top", content, **shape)
+
+    return build
+
+
+def _cowd_shape(rng: random.Random) -> dict[str, Any]:
+    """Grains of a sector mostly, as hosts make them; now and then the file is longer than what is used."""
+    return {
+        "grain_sectors": rng.choice((1, 1, 2, 8)),
+        "preallocate_tables": rng.random() < 0.2,
+        "grow_to": rng.choice((0, 0, 8 * KIB)),
+    }
+
+
+def _cowd_child(folder: str, rng: random.Random) -> None:
+    below = Content.random(ODD_SIZE, rng.randrange(1000), 0.9, grain=4 * KIB)
+    base = rng.choice((desc.vmfs, desc.monolithic_sparse, desc.vmfs_sparse))(folder, "base", below)
+    shape = _cowd_shape(rng)
+    own = Content.random(ODD_SIZE, rng.randrange(1000), 0.25, grain=shape["grain_sectors"] * SECTOR)
+    desc.vmfs_sparse(folder, "top", own, parent=base, **shape)
+
+
 KINDS: dict[str, Callable[[str, random.Random], None]] = {
     "flat": _flat,
     "split flat": _split_flat,
@@ -132,6 +160,8 @@ KINDS: dict[str, Callable[[str, random.Random], None]] = {
     "child v2": _child(zero_gte=True),
     "child without tables": _child(preallocate_tables=False, sparse_parent=True),
     "child v2 without tables, split": _child(split=True, zero_gte=True, preallocate_tables=False),
+    "COWD": _cowd(ODD_SIZE),
+    "COWD child": _cowd_child,
 }
 
 
@@ -154,10 +184,17 @@ def small(rng: random.Random) -> Iterator[None]:
         "extents.tables._DIRECTORY_PAGE": rng.choice((16, 4 * KIB)),
         "extents.sparse._PIECE": rng.choice((KIB, 1 << 20)),
         "link._STEP": 8 * KIB,
+        # The tables of COWD always have 4096 entries; so many would hold the whole image.
+        "ondisk.cowd.ENTRIES_PER_TABLE": COWD_ENTRIES,
+        "extents.cowd.ENTRIES_PER_TABLE": COWD_ENTRIES,
+        "ops.check.cowd.ENTRIES_PER_TABLE": COWD_ENTRIES,
+        "ops.check.cowd._TABLE": 1,
     }
     with ExitStack() as patches:
         for name, number in numbers.items():
             patches.enter_context(patch(f"nbd_vmdk.{name}", number))
+        patches.enter_context(patch("tests.images.cowd.GTES", COWD_ENTRIES))
+        patches.enter_context(patch("tests.images.cowd.TABLE_SECTORS", 1))
         yield
 
 

@@ -25,6 +25,7 @@ from nbd_vmdk.errors import NotFast
 from tests.engine import NOTHING, same
 from tests.images import desc
 from tests.images.content import KIB, MIB, SECTOR, Content
+from tests.images.cowd import GTES, CowdExtent
 from tests.images.desc import Image, Row
 from tests.images.hosted import HostedExtent
 from tests.sound import check_sound
@@ -123,6 +124,29 @@ def cowd(folder: str, name: str, seed: int) -> Image:
     return desc.vmfs_sparse(folder, name, content(200 * KIB + SECTOR, seed, 4 * KIB))
 
 
+def cowd_tables(folder: str, name: str, seed: int) -> Image:
+    """Two tables of grains of a sector, of which one may have to be made; the file is longer than is used."""
+    made = content(2 * MIB + 50 * KIB + SECTOR, seed, 4 * KIB, 0.02)
+    return desc.vmfs_sparse(folder, name, made, grow_to=64 * KIB)
+
+
+def disorderly_cowd(folder: str, name: str, seed: int) -> Image:
+    made = content(400 * KIB + SECTOR, seed, 8 * KIB)
+    options: dict[str, Any] = {"shuffle_grains": seed, "first_sector": 9, "preallocate_tables": seed % 2}
+    return desc.vmfs_sparse(folder, name, made, grain_sectors=16, **options)
+
+
+def cowd_child(parent: Recipe, size: int, grain: int = SECTOR, **options: Any) -> Recipe:
+    """A COWD child over a parent of any kind; both have their own content."""
+
+    def made(folder: str, name: str, seed: int) -> Image:
+        below = parent(folder, f"{name}-base", seed + 100)
+        own = content(size, seed, max(grain, 4 * KIB), 0.2)
+        return desc.vmfs_sparse(folder, name, own, parent=below, grain_sectors=grain // SECTOR, **options)
+
+    return made
+
+
 def se_sparse(folder: str, name: str, seed: int) -> Image:
     return desc.se_sparse(folder, name, content(400 * KIB, seed, 4 * KIB))
 
@@ -170,6 +194,10 @@ RECIPES: dict[str, Recipe] = {
     "child of seSparse": child(se_sparse, 400 * KIB, 4 * KIB, zero_gte=True),
     "grandchild": child(child(split, 500 * KIB + SECTOR, 8 * KIB, gtes=8), 500 * KIB, 16 * KIB, gtes=4),
     "split child": split_child,
+    "COWD, missing tables": cowd_tables,
+    "disorderly COWD": disorderly_cowd,
+    "COWD child of hosted": cowd_child(usual, 600 * KIB + 5 * SECTOR, 8 * KIB, shuffle_grains=1),
+    "COWD grandchild": cowd_child(cowd_child(split_flat, 310 * KIB), 300 * KIB + SECTOR, 4 * KIB),
 }
 #: qemu-img refuses createType custom, and reads the last grain of an extent past the extent's end.
 NOT_QEMU = {"mixed", "oddly split"}
@@ -207,6 +235,10 @@ class Writing(RuleBasedStateMachine):
                 for step in steps:
                     found.update(start + at for at in range(0, length, step))
                 start += length
+            elif isinstance(extent, CowdExtent):
+                grain = extent.grain_sectors * SECTOR
+                found.update(range(0, extent.content.size, grain * GTES))
+                found.update(range(0, extent.content.size, grain))
         found.update(range(0, size, 64 * KIB))
         with open_disk(self.image.path) as disk:
             found.update(entry.start for entry in disk.links[0].extents)
@@ -306,7 +338,7 @@ class Writing(RuleBasedStateMachine):
         if disk is not None:
             disk.close()
             for extent in self.image.extents:
-                if isinstance(extent, HostedExtent):
+                if isinstance(extent, HostedExtent | CowdExtent):
                     check_sound(extent.path)
 
     def teardown(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -16,6 +17,7 @@ from nbd_vmdk import Disk, VmdkError, open_disk
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import InUse, NotFast, OutOfRange, StorageError, WriteRefused
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.storage import local
 from tests.engine import refused, same, unreadable
 from tests.images import desc
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -156,7 +158,6 @@ def test_disk_opened_for_reading(tmp_path: Any) -> None:
     ("maker", "word"),
     [
         (desc.stream_optimized, "streamOptimized"),
-        (desc.vmfs_sparse, "COWD"),
         (desc.se_sparse, "seSparse"),
     ],
 )
@@ -374,6 +375,47 @@ def test_fast_zero(tmp_path: Any, kind: str, offset: int, length: int, fast: boo
     if not fast:
         assert everything(tmp_path) == before
     check_sound(image.path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "sparse", "split"])
+@pytest.mark.parametrize("may_trim", [False, True])
+def test_fast_zero_where_the_file_system_can_not(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: str, may_trim: bool
+) -> None:
+    """That it can't is learned when it is asked first; from then on zeroing in place is not called fast."""
+    content = Content.of(noise(2 * MIB))
+    makers: dict[str, Callable[[], Image]] = {
+        "flat": lambda: desc.monolithic_flat(str(tmp_path), "top", content),
+        "sparse": lambda: desc.monolithic_sparse(str(tmp_path), "top", content),
+        "split": lambda: desc.split_sparse(str(tmp_path), "top", content, MIB // SECTOR),
+    }
+    image = makers[kind]()
+    model = bytearray(content.read())
+    asked = []
+
+    def fallocate(*arguments: int) -> int:
+        asked.append(arguments)
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    with writable(image) as disk:
+        monkeypatch.setattr(local, "_libc_fallocate", lambda: fallocate)
+        disk.zero(100, 7, may_trim=may_trim, fast=True)
+        model[7:107] = bytes(100)
+        assert len(asked) == 1
+        for offset, length in ((0, 512), (100, 2 * GRAIN)):
+            with pytest.raises(NotFast):
+                disk.zero(length, offset, may_trim=may_trim, fast=True)
+        assert len(asked) == 1
+        same(disk.pread(2 * MIB, 0), bytes(model))
+        if may_trim and kind != "flat":  # an entry says it: nothing is written
+            disk.zero(2 * GRAIN, 2 * GRAIN, may_trim=True, fast=True)
+            model[2 * GRAIN : 4 * GRAIN] = bytes(2 * GRAIN)
+        disk.zero(GRAIN + 1, GRAIN // 2, may_trim=may_trim)
+        model[GRAIN // 2 : GRAIN // 2 + GRAIN + 1] = bytes(GRAIN + 1)
+        same(disk.pread(2 * MIB, 0), bytes(model))
+    with open_disk(image.path) as disk:
+        same(disk.pread(2 * MIB, 0), bytes(model))
 
 
 def test_fast_zero_over_several_extents_changes_nothing_if_one_is_slow(tmp_path: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.ops.check.findings import Repair, Severity
@@ -13,7 +14,7 @@ from tests.failing.history import BLOCK, History, filled
 from tests.images import desc, peek
 from tests.images.content import KIB, MIB, SECTOR, Content
 from tests.images.desc import Image
-from tests.sound import check_tables, read_tables
+from tests.sound import MAGICS, check_tables, read_tables
 
 SIZE = 6 * MIB + 12 * KIB
 BLOCKS = SIZE // BLOCK
@@ -57,7 +58,7 @@ class Case:
     def sound(self, *, clean: bool) -> None:
         """Nothing is wrong with its structure; `clean`: and nothing at all is left of a crash."""
         for extent in self.image.files:
-            if peek(extent, 0, 4) == b"KDMV":
+            if peek(extent, 0, 4) in MAGICS:
                 check_tables(read_tables(extent), clean=clean)
         findings = check_image(self.path).findings
         if clean:
@@ -108,6 +109,23 @@ def _split_flat(folder: str) -> Case:
     return Case(desc.split_flat(folder, "top", content, 2 * MIB // SECTOR), History(found))
 
 
+def _cowd(folder: str) -> Case:
+    """The grain is a block: of smaller ones, requests that meet may each leave a part of a block."""
+    content, found = blocks(7, 1)
+    image = desc.vmfs_sparse(folder, "top", content, grain_sectors=8, first_sector=8)
+    return Case(image, History(found))
+
+
+def _cowd_child(folder: str) -> Case:
+    """A host's delta: over its flat disk, in a file that is longer than what is used."""
+    below, under = blocks(8, 1, share=0.6)
+    content, found = blocks(9, 2, share=0.2)
+    parent = desc.vmfs(folder, "base", below)
+    options: dict[str, Any] = {"grain_sectors": 8, "first_sector": 8, "grow_to": 256 * KIB}
+    image = desc.vmfs_sparse(folder, "top", content, parent=parent, **options)
+    return Case(image, History(over(found, under)))
+
+
 KINDS: dict[str, Callable[[str], Case]] = {
     "monolithic": _plain,
     "small-grains": _small_grains,
@@ -116,4 +134,6 @@ KINDS: dict[str, Callable[[str], Case]] = {
     "child-zeroed-grains": lambda folder: _child(folder, zero_gte=True),
     "flat": _flat,
     "split-flat": _split_flat,
+    "cowd": _cowd,
+    "cowd-child": _cowd_child,
 }

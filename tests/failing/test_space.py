@@ -152,7 +152,7 @@ def test_tables_that_do_not_fit(serve: Serve, small: str) -> None:
     check_sound(image.path)
 
 
-@pytest.mark.parametrize("kind", ["small-grains", "split", "child"])
+@pytest.mark.parametrize("kind", ["small-grains", "split", "child", "cowd-child"])
 def test_load_while_space_comes_and_goes(serve: Serve, small: str, kind: str) -> None:
     case = KINDS[kind](small)
     server = serve(case.path)

@@ -29,6 +29,29 @@ SAVED_GENERATION_AT = 1636
 UNCLEAN_AT = 1648
 
 
+@dataclass(frozen=True)
+class Head:
+    """The fields of a header that tell where things are, and what a writer sets; positions in sectors."""
+
+    capacity: int
+    grain_size: int
+    gd_offset: int
+    free_sector: int
+    unclean: int
+
+    @property
+    def gtes_per_gt(self) -> int:
+        """Entries of a table."""
+        return GTES
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Head:
+        """Take the fields from the header; nothing is checked."""
+        magic, _version, _flags, capacity, grain, gd, _entries, free = struct.unpack_from("<4s7I", data)
+        assert magic == b"COWD"
+        return cls(capacity, grain, gd, free, struct.unpack_from("<I", data, UNCLEAN_AT)[0])
+
+
 @dataclass
 class CowdExtent:
     """What write_cowd() wrote; grains maps grain index to sector, free_sector is the true one."""
@@ -97,6 +120,7 @@ def write_cowd(
     capacity_sectors: int | None = None,
     preallocate_tables: bool = False,
     shuffle_grains: int | None = None,
+    first_sector: int = 0,
     free_sector: int | None = None,
     grow_to: int = 0,
     flags: int = ROOT | CHECKABLE,
@@ -109,7 +133,8 @@ def write_cowd(
     """
     Write an extent that shows `content`.
 
-    shuffle_grains is a seed: grains, and with them their tables, are allocated in that order. free_sector:
+    shuffle_grains is a seed: grains, and with them their tables, are allocated in that order. first_sector:
+    where that begins, if there is room before it. free_sector:
     what the header says instead of the truth (a stale one is lower). grow_to: the file is filled up with
     zeros to a multiple of so many bytes, as hosts that grow it in steps leave it.
     """
@@ -118,7 +143,7 @@ def write_cowd(
     capacity = content.sectors if capacity_sectors is None else capacity_sectors
     count = -(-capacity // (GTES * grain_sectors))
     result = CowdExtent(path, effective, grain_sectors, [0] * count)
-    free = GD_OFFSET + -(-4 * count // SECTOR)
+    free = max(GD_OFFSET + -(-4 * count // SECTOR), first_sector)
     if preallocate_tables:
         result.gd = [free + TABLE_SECTORS * table for table in range(count)]
         free += TABLE_SECTORS * count

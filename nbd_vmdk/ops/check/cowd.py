@@ -6,7 +6,14 @@ from typing import Final
 import numpy as np
 
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.ondisk.cowd import ENTRIES_PER_TABLE, FLAG_INCONSISTENT, CowdHeader, parse_header
+from nbd_vmdk.ondisk.cowd import (
+    ENTRIES_PER_TABLE,
+    FLAG_INCONSISTENT,
+    FREE_SECTOR_AT,
+    UNCLEAN_AT,
+    CowdHeader,
+    parse_header,
+)
 from nbd_vmdk.ops.check.context import NOT_INVENTED, Space, Subject
 from nbd_vmdk.ops.check.entries import Rules, Survey, report_shared, survey
 from nbd_vmdk.ops.check.findings import Repair, Stage
@@ -17,8 +24,8 @@ from nbd_vmdk.units import SECTOR, format_size
 
 _HEADER: Final = 2048
 _TABLE: Final = ENTRIES_PER_TABLE * 4 // SECTOR
-_FLAGS_AT, _DIRECTORY_AT, _ENTRIES_AT, _FREE_AT = 8, 20, 24, 28
-_GENERATION_AT, _SAVED_AT, _UNCLEAN_AT = 1060, 1636, 1648
+_FLAGS_AT, _DIRECTORY_AT, _ENTRIES_AT = 8, 20, 24
+_GENERATION_AT, _SAVED_AT = 1060, 1636
 _USUAL_DIRECTORY: Final = 4
 
 
@@ -55,7 +62,7 @@ def check_cowd(subject: Subject) -> CowdHeader | None:
         ends=ends,
     )
     found = survey(rules, tables, None)
-    space = Space(subject, SECTOR, pointer=_FREE_AT)
+    space = Space(subject, SECTOR, pointer=FREE_SECTOR_AT)
     past_end = found.last + rules.unit > rules.sectors
     if past_end:
         space.blocked = "first the entries that name grains behind the end of the file must be mended"
@@ -133,8 +140,8 @@ def _report_free(
         "none for a reader; a host that trusts it overwrites grains" if stored < end else "none for a reader",
         "first the entries behind the end of the file must be mended"
         if past_end or subject.unmendable
-        else Repair(f"set it to {end}", (subject.write(_FREE_AT, data, Stage.POINTERS),)),
-        at=_FREE_AT,
+        else Repair(f"set it to {end}", (subject.write(FREE_SECTOR_AT, data, Stage.POINTERS),)),
+        at=FREE_SECTOR_AT,
     )
 
 
@@ -150,7 +157,7 @@ def _report_state(subject: Subject, header: CowdHeader, head: bytes) -> None:
     effect = "what was written last, and never flushed, may be lost"
     if header.unclean:
         what = "the file was not closed cleanly the last time it was written"
-        subject.warning("unclean", what, effect, clear(_UNCLEAN_AT, bytes(4)), at=_UNCLEAN_AT)
+        subject.warning("unclean", what, effect, clear(UNCLEAN_AT, bytes(4)), at=UNCLEAN_AT)
     if header.flags & FLAG_INCONSISTENT:
         flags = (header.flags & ~FLAG_INCONSISTENT).to_bytes(4, "little")
         what = "the header's flags mark the file as inconsistent"

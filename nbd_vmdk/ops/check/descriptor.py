@@ -4,6 +4,7 @@ import re
 from typing import Final
 
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
+from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import (
     FRESH_CID,
     NO_PARENT,
@@ -14,7 +15,6 @@ from nbd_vmdk.ondisk.descriptor import (
     random_cid,
 )
 from nbd_vmdk.ondisk.hosted import MAX_DESCRIPTOR, HostedHeader
-from nbd_vmdk.opener import read_descriptor
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.findings import Repair, Stage, Text
 from nbd_vmdk.storage.folder import Folder

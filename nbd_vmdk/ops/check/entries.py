@@ -110,11 +110,15 @@ class Survey:
     before: int = 0
 
     def is_odd(self, rules: Rules, entries: Numbers) -> Numbers:
-        """Which entries overlap another grain, or are not aligned although nearly all are: a mask."""
+        """Which entries overlap another grain, or are not aligned although nearly all are: a mask.
+
+        In a file that was not closed cleanly an entry may differ from its twin for a better reason than
+        damage, and alignment says nothing against it: writers differ in how they align.
+        """
         bins = entries // rules.unit
         conflicts = np.array(self.conflicts, dtype=np.int64)
         odd = np.isin(bins, conflicts) | np.isin(bins.astype(np.int64) + 1, conflicts)
-        if self.misaligned * 2 < self.used:
+        if self.misaligned * 2 < self.used and not rules.unclean:
             odd |= entries & (rules.unit - 1) != 0
         return odd & (entries >= rules.codes)
 

@@ -5,6 +5,7 @@ from typing import Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import FileMissing, FormatError, TrustError, Unsupported, VmdkError
+from nbd_vmdk.look import embedded_text, spellings
 from nbd_vmdk.ondisk.descriptor import (
     MAX_DESCRIPTOR,
     Descriptor,
@@ -12,7 +13,7 @@ from nbd_vmdk.ondisk.descriptor import (
 )
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
-from nbd_vmdk.opener import embedded_text, open_link, own_line, spellings
+from nbd_vmdk.opener import open_link, own_line
 from nbd_vmdk.ops.check.context import Context, Subject
 from nbd_vmdk.ops.check.descriptor import check_descriptor, report_lost
 from nbd_vmdk.ops.check.findings import ImageFile, Repair, Resize, Text

@@ -7,8 +7,8 @@ are sound.  After damage usually one is sound.  So entries are weighed one by on
 *   of two good ones that differ, the table's is taken, as the newer one; but the twin's, if that names a
     grain that nobody else has while the table says "hole", in a file that was closed cleanly (losing a grain
     can't be mended later, a grain too many does no harm), or if the table's is odd: it names a place that
-    another grain has as well, or one that is not aligned as nearly all others are, or says "zeros" in a file
-    that has no such entries;
+    another grain has as well, or, in a file that was closed cleanly, one that is not aligned as nearly all
+    others are, or says "zeros" in a file that has no such entries;
 *   where both are bad nothing is changed, unless the user asks for a hole.
 """
 
