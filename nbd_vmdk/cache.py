@@ -42,12 +42,12 @@ class Cache:
             with self._lock:
                 # It may have been dropped since, and a newer table may be in its place.
                 if self._old.get(key) is value:
-                    self._keep(key, value, _OVERHEAD + memoryview(value).nbytes)
+                    self._keep(key, value, _OVERHEAD + _bytes_of(value))
         return value
 
     def put(self, key: int, value: "array[int] | bytes | bytearray", *, shared: bool = False) -> None:
         """Keep ``value``; ``shared`` says that its bytes belong to nobody (an empty table)."""
-        cost = _OVERHEAD if shared else _OVERHEAD + memoryview(value).nbytes
+        cost = _OVERHEAD if shared else _OVERHEAD + _bytes_of(value)
         if cost > self._half:
             return  # it would push everything else out
         with self._lock:
@@ -68,3 +68,7 @@ class Cache:
         with self._lock:
             self.young.pop(key, None)
             self._old.pop(key, None)
+
+
+def _bytes_of(value: "array[int] | bytes | bytearray") -> int:
+    return len(value) * value.itemsize if isinstance(value, array) else len(value)

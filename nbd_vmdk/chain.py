@@ -20,11 +20,12 @@ from nbd_vmdk.errors import (
     WriteRefused,
 )
 from nbd_vmdk.link import Link
+from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, is_absolute, last_component, windows_to_posix
-from nbd_vmdk.opener import open_link, read_descriptor
+from nbd_vmdk.opener import open_link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
+from nbd_vmdk.vm import locate
 
 #: VMware allows 32 snapshots; linked clones of clones add to that.
 MAX_LINKS = 128
@@ -78,12 +79,14 @@ def _compare_sizes(child: Link, parent: Link) -> None:
 def _open_parent(child: Link, options: OpenOptions, cache: Cache, *, is_top: bool) -> Link | None:
     """The parent of a link, None for a base."""
     descriptor = child.descriptor
+    found = options.overlaid if is_top else None
     if is_top and options.parent is not None:
-        folder, name = LocalFolder.for_image(options.parent, options.allow_dirs, options.allow_devices)
-        parent = open_link(folder, name, options, cache, writable=False)
+        found = locate(options.parent, allow_dirs=options.allow_dirs, allow_devices=options.allow_devices)
+    if found is not None:
+        parent = open_link(found.folder, found.file, options, cache, writable=False)
         if descriptor is not None and descriptor.has_parent:
             _check_cid(child, descriptor, parent, options)
-        elif descriptor is not None:
+        elif descriptor is not None and found is not options.overlaid:
             child.warnings.append(
                 f"{child.name}: has no parent by itself; {parent.name} shows through its holes"
             )

@@ -11,21 +11,21 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
-from nbd_vmdk.extents.base import Below, Kind, Mapping, Source
+from nbd_vmdk.extents.base import Below, Kind, Mapping, Source, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
-from nbd_vmdk.extents.hosted import HostedExtent
-from nbd_vmdk.link import NOTHING, Link, WritableExtent
+from nbd_vmdk.link import NOTHING, Link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import KIB, MIB
+from nbd_vmdk.vm import FoundDisk, locate
 
 log = logging.getLogger("nbd_vmdk")
 
@@ -58,6 +58,9 @@ class Disk:
     VmdkError, OutOfRange for a range outside the disk among them.
     """
 
+    #: Bytes of the smallest write that it takes, and to which writes must be aligned.
+    minimum_block = 1
+
     def __init__(self, links: list[Link], cache: Cache, *, writable: bool) -> None:
         self.links = tuple(links)
         top = links[0]
@@ -74,6 +77,9 @@ class Disk:
         self._below: Below | None = self._read_below if len(links) > 1 else None
         extents = [entry.writable for entry in top.extents]
         self._members: list[WritableExtent] = [extent for extent in extents if extent is not None]
+        if self.writable:
+            self.minimum_block = max(extent.minimum_block for extent in self._members)
+        self._only = self._members[0] if len(extents) == len(self._members) == 1 else None
         self._committer = Committer(self._members, top.change_cid)
         self._close_lock = threading.Lock()
         self._closed = False
@@ -84,6 +90,11 @@ class Disk:
     def warnings(self) -> tuple[str, ...]:
         """What was odd but harmless at opening, of all links."""
         return tuple(warning for link in self.links for warning in link.warnings)
+
+    @property
+    def commits(self) -> int:
+        """How often what was written has been made durable, or tried to be."""
+        return self._committer.commits
 
     @property
     def can_fast_zero(self) -> bool:
@@ -99,12 +110,10 @@ class Disk:
     def _map(self, offset: int, length: int) -> Mapping:
         shortcuts = self._shortcuts
         if shortcuts is not None and not shortcuts.first:
-            # Nearly every request of a chain that is only read ends here.
-            depth, count = shortcuts.reach(offset, length)
-            if depth < len(self.links) and offset + count <= self.links[depth].size:
-                mapping = self.links[depth].map(offset, count)
-                if mapping[0] is not Kind.HOLE:
-                    return mapping
+            # Nearly every small request of a chain that is only read ends here.
+            mapping = shortcuts.find(offset, length)
+            if mapping is not None:
+                return mapping
         return self._map_from(offset, length, 0)[0]
 
     def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:
@@ -236,7 +245,8 @@ class Disk:
     # Writing.
 
     def _check_writable(self, offset: int, length: int) -> None:
-        self._check(offset, length)
+        if offset < 0 or offset + length > self.size:
+            self._check(offset, length)
         if not self.writable:
             raise WriteRefused(self.links[0].name, why="it is open for reading only")
         self._committer.admit()
@@ -245,8 +255,12 @@ class Disk:
         """Write ``buf`` at ``offset``; with ``fua`` it is durable when this returns."""
         view = memoryview(buf)
         self._check_writable(offset, len(view))
-        for extent in self.links[0].write(view, offset, self._below):
-            self._committer.wrote(extent)
+        if self._only is not None:  # the usual case needs no search for the extent
+            self._only.write(view, offset, self._below)
+            self._committer.wrote(self._only)
+        else:
+            for extent in self.links[0].write(view, offset, self._below):
+                self._committer.wrote(extent)
         if fua:
             self._committer.flush()
 
@@ -259,7 +273,7 @@ class Disk:
         would have to be written.
         """
         self._check_writable(offset, length)
-        if fast and self.links[0].must_write_zeros(offset, length, self._below):
+        if fast and self.links[0].must_write_zeros(offset, length, self._below, may_trim=may_trim):
             raise NotFast(self.links[0].name)
         self._follow(self.links[0].zero(offset, length, self._below, may_trim=may_trim), fua=fua)
 
@@ -295,8 +309,7 @@ class Disk:
             if self.writable:
                 self._committer.flush()
                 for extent in self._members:
-                    if isinstance(extent, HostedExtent):
-                        extent.finish()
+                    extent.finish()
         finally:
             for link in self.links:
                 link.close()
@@ -332,18 +345,33 @@ def _join(one: Run, two: Run) -> Run | None:
 def open_disk(path: str | os.PathLike[str], **options: Any) -> Disk:
     """Open the VMDK ``path`` and its whole chain.
 
-    Keywords are the fields of :class:`~nbd_vmdk.options.OpenOptions`; a disk is opened for reading unless
-    ``writable=True``.  Raises VmdkError: ``str(error)`` says what is wrong, ``error.hint`` what to do.
+    ``path`` may also be that of a folder, a machine or an appliance with one disk, or ``app.ova:disk1.vmdk``
+    for one of several.  Keywords are the fields of :class:`~nbd_vmdk.options.OpenOptions`; a disk is opened
+    for reading unless ``writable=True``.  Raises VmdkError: ``str(error)`` says what is wrong, ``error.hint``
+    what to do.
     """
     try:
         chosen = OpenOptions(**options)
     except TypeError as error:
         raise OptionError(None, why=str(error)) from None
-    folder, name = LocalFolder.for_image(path, chosen.allow_dirs, chosen.allow_devices)
-    return open_in(folder, name, chosen)
+    found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
+    return open_found(found, chosen)
 
 
-def open_in(folder: Folder, name: str, options: OpenOptions) -> Disk:
-    """Open the VMDK ``name`` of ``folder`` and its whole chain."""
-    cache = Cache(options.cache_size)
+def open_found(found: FoundDisk, options: OpenOptions, cache: Cache | None = None) -> Disk:
+    """Open a disk that was found behind a path; its fault, if it has one, is raised."""
+    if found.fault is not None:
+        raise found.fault
+    warnings = list(found.warnings)
+    if found.frozen and options.writable and not options.write_parent:
+        options = replace(options, writable=False)
+        warnings.append(f"{found.path}: a snapshot's disk is served read-only, for later ones stand on it")
+    disk = open_in(found.folder, found.file, options, cache)
+    disk.links[0].warnings[:0] = warnings
+    return disk
+
+
+def open_in(folder: Folder, name: str, options: OpenOptions, cache: Cache | None = None) -> Disk:
+    """Open the VMDK ``name`` of ``folder`` and its whole chain, with a cache of its own or a shared one."""
+    cache = cache or Cache(options.cache_size)
     return Disk(open_chain(folder, name, options, cache), cache, writable=options.writable)

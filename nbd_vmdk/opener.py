@@ -6,7 +6,6 @@ one that is.  Every file that a descriptor names is opened through the folder's 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nbd_vmdk.cache import Cache
@@ -26,10 +25,12 @@ from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.flat import FlatExtent, LostExtent, ZeroExtent
 from nbd_vmdk.extents.hosted import HostedExtent, check_grain_area
+from nbd_vmdk.extents.newstream import NewStreamExtent, is_new
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
-from nbd_vmdk.extents.vetting import quick_check
+from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
+from nbd_vmdk.look import EXTENT_SUFFIX, embedded_text, find_owner, spellings
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import (
     MAX_DESCRIPTOR,
@@ -37,7 +38,6 @@ from nbd_vmdk.ondisk.descriptor import (
     ExtentLine,
     is_absolute,
     last_component,
-    windows_to_posix,
 )
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, describe_other, identify
 from nbd_vmdk.options import OpenOptions
@@ -48,14 +48,11 @@ from nbd_vmdk.units import SECTOR, align_up
 
 _SPARSE_KINDS = (FileKind.HOSTED, FileKind.COWD, FileKind.SESPARSE)
 _RAW_TYPES = ("FLAT", "VMFS", "VMFSRAW")
-#: What is put behind a disk's name to name its extents.
-_EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)", re.IGNORECASE)
 _DELTA_NAME = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
-#: Descriptors looked at when the one that names an extent is searched.
-_MAX_SIBLINGS = 1000
-#: An extent with at most so many tables (32 GiB, as everybody makes them) is vetted whenever it is opened for
-#: writing, in some milliseconds; a larger one only if it was not closed cleanly.
-_VETTED_TABLES = 1024
+#: An extent with at most so many grains (32 GiB, as everybody makes hosted ones; a quarter of one in COWD) is
+#: vetted whenever it is opened for writing, in some milliseconds; a larger one only if it was not closed
+#: cleanly.
+_VETTED_GRAINS = 1024 * 512
 _SIZE_HINT = "serve it with the descriptor that belongs to it"
 _UNCLEAN = "{}: it was not closed cleanly the last time it was written"
 
@@ -72,6 +69,8 @@ class _Opening:
     storages: dict[str, Storage] = field(default_factory=dict)
     #: Names that lines with access RW use: such a file is opened for writing before any extent holds it.
     written: frozenset[str] = frozenset()
+    #: The disk is one file without a parent, which may be appended to if it is compressed and empty.
+    whole: bool = False
     #: Files with tables that an extent holds.
     tabled: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -92,6 +91,10 @@ class _Opening:
         if there.identity != storage.identity:
             raise NotVmdk(there.name, what="it was replaced while it was being opened")
         return storage
+
+    def is_written(self, name: str, line: ExtentLine | None) -> bool:
+        """Whether the file ``name`` is to be opened for writing, being that of an extent line."""
+        return line is not None and not self.written.isdisjoint((name, line.name))
 
     def lock(self) -> list[str]:
         """Lock every file as it was opened, or only look for writers; what is worth a warning."""
@@ -117,9 +120,11 @@ def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, 
     With ``writable`` its files are opened and locked for writing where its kind can be written; where it
     can't, a warning says so.  Raises VmdkError of every sort.
     """
-    opening = _Opening(folder, options, cache, writable)
+    opening = _Opening(folder, options, cache, writable and folder.read_only is None)
+    if writable and folder.read_only is not None:
+        opening.warnings.append(f"{folder.label(name)}: {folder.read_only}")
     try:
-        if writable and (held := vmware_lock(folder, last_component(name))):
+        if opening.writable and (held := vmware_lock(folder, last_component(name))):
             raise InUse(folder.label(name), how=held)
         link = _open(opening, name)
         link.warnings.extend(opening.lock())
@@ -150,23 +155,9 @@ def _open(opening: _Opening, name: str) -> Link:
         case FileKind.COWD | FileKind.SESPARSE:
             return _open_bare(opening, name, kind)
         case FileKind.TAR:
-            return _open_archive(opening, storage)
+            return _open_archive(opening, name)
         case _:
             raise _refusal(opening, name, storage, kind, head)
-
-
-def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
-    """The descriptor inside a hosted sparse extent, without its padding; empty if there is none.
-
-    QEMU reserves the room for one in the extents of split disks and leaves it all NULs.
-    """
-    if not header.descriptor_sector:
-        return b""
-    at = header.descriptor_sector * SECTOR
-    length = min(header.descriptor_sectors * SECTOR, hosted.MAX_DESCRIPTOR, storage.size - at)
-    if length <= 0:
-        raise Truncated(storage.name, what="its descriptor", need=at + SECTOR, have=storage.size)
-    return storage.read(at, length).partition(b"\0")[0]
 
 
 def _refusal(opening: _Opening, name: str, storage: Storage, kind: FileKind, head: bytes) -> VmdkError:
@@ -187,66 +178,26 @@ def _refusal(opening: _Opening, name: str, storage: Storage, kind: FileKind, hea
         hint = f"open {opening.folder.label(owner)} instead"
     else:
         what, hint = describe_other(head)
-        if _EXTENT_SUFFIX.search(name):
+        if EXTENT_SUFFIX.search(name):
             what = f"raw data without a descriptor ({what})"
-            hint = f"it needs {_EXTENT_SUFFIX.sub('', name)} beside it: {_SIZE_HINT}"
+            hint = f"it needs {EXTENT_SUFFIX.sub('', name)} beside it: {_SIZE_HINT}"
     return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", storage.name))
 
 
-def _open_archive(opening: _Opening, storage: Storage) -> Link:
+def _open_archive(opening: _Opening, name: str) -> Link:
     """The only disk of an OVA, read inside the archive."""
-    from nbd_vmdk.storage.tar import TarFolder, open_tar  # seldom needed, and slow to import
+    from nbd_vmdk.vm.found import only_disk
+    from nbd_vmdk.vm.package import disks_in_archive  # seldom needed, and slow to import
 
-    if isinstance(opening.folder, TarFolder):
+    storage = opening.storages.pop(name)
+    storage.close()
+    if opening.folder.read_only is not None:
         raise NotVmdk(storage.name, what="an archive inside an archive", hint="unpack the outer one first")
-    folder = open_tar(storage, storage.name)
-    disks = [member for member in folder.names() if member.lower().endswith(".vmdk")]
-    if len(disks) != 1:
-        what = f"an archive with {len(disks)} disks" if disks else "an archive without a .vmdk in it"
-        hint = "unpack it and open one of " + ", ".join(disks) if disks else None
-        raise NotVmdk(storage.name, what=what, hint=hint)
+    disk = only_disk(disks_in_archive(opening.folder, name), storage.name, "an archive")
+    inner = _Opening(disk.folder, opening.options, opening.cache, False, opening.warnings, opening.storages)
     if opening.writable:
-        opening.warnings.append(f"{storage.name}: a disk inside an archive is served read-only")
-    # The archive stays open with the disk; "" is the name of no file in it, whatever it is called itself.
-    inner = _Opening(folder, opening.options, opening.cache, False, opening.warnings, {"": storage})
-    return _open(inner, disks[0])
-
-
-def find_owner(folder: Folder, name: str) -> str | None:
-    """The descriptor in ``folder`` that names ``name`` as one of its extents, or None."""
-    guess = _EXTENT_SUFFIX.sub("", name)
-    siblings = [
-        sibling for sibling in folder.names() if sibling.lower().endswith(".vmdk") and sibling != name
-    ]
-    siblings.sort(key=lambda sibling: sibling != guess)
-    for sibling in siblings[:_MAX_SIBLINGS]:
-        descriptor = read_descriptor(folder, sibling)
-        if descriptor is not None and any(
-            line.name is not None and last_component(line.name) == name for line in descriptor.extents
-        ):
-            return sibling
-    return None
-
-
-def read_descriptor(folder: Folder, name: str) -> Descriptor | None:
-    """The descriptor of a file in ``folder``, of its own or embedded; None if there is none to read."""
-    try:
-        storage = folder.open(name)
-    except VmdkError:
-        return None
-    try:
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
-        if head.startswith(hosted.MAGIC):
-            text = embedded_text(storage, hosted.parse_header(head, storage.name))
-        elif identify(head) is FileKind.DESCRIPTOR:
-            text = storage.read(0, min(storage.size, MAX_DESCRIPTOR))
-        else:
-            return None
-        return Descriptor.parse(text, storage.name) if text else None
-    except VmdkError:
-        return None
-    finally:
-        storage.close()
+        inner.warnings.append(f"{storage.name}: {disk.folder.read_only}")
+    return _open(inner, disk.file)
 
 
 def _open_bare(opening: _Opening, name: str, kind: FileKind) -> Link:
@@ -302,6 +253,8 @@ def _open_described(
         written = {line.name for line in lines if line.access == "RW" and line.name}
         # This file is written if anything is: its descriptor gets a new content ID.
         opening.written = frozenset(written | {name} if written else ())
+    has_parent = descriptor.has_parent or opening.options.parent is not None
+    opening.whole = own is not None and len(lines) == 1 and not has_parent
     extents: list[LinkExtent] = []
     start = 0
     for line in lines:
@@ -328,10 +281,10 @@ def _why_read_only(extents: list[LinkExtent]) -> str:
     if all(entry.access != "RW" for entry in extents):
         return "its descriptor allows no writing"
     kinds = {
-        "a streamOptimized disk can't be changed in place": StreamExtent,
-        "a COWD delta can't be written yet": CowdExtent,
+        "a streamOptimized disk that holds data can't be changed in place": StreamExtent,
         "a seSparse delta can't be written": SeSparseExtent,
         "version 3 of a sparse extent is written by nobody but its maker": HostedExtent,
+        "a COWD extent of a version before 1 is written by nobody": CowdExtent,
     }
     for why, kind in kinds.items():
         if any(isinstance(entry.extent, kind) for entry in extents):
@@ -412,15 +365,6 @@ def _resolve(opening: _Opening, line: ExtentLine, file: str) -> str:
     raise first
 
 
-def spellings(name: str) -> Iterator[str]:
-    """How a name may be meant: as written, with slashes turned, or, if it is absolute, beside."""
-    yield name
-    if "\\" in name:
-        yield windows_to_posix(name)
-    if is_absolute(name):
-        yield last_component(name)
-
-
 def _open_sparse(opening: _Opening, name: str, *, size: int | None, line: ExtentLine | None) -> Extent:
     """An extent with tables; its kind is what its magic says.  ``size`` None takes the whole capacity."""
     storage = opening.open(name)
@@ -440,11 +384,7 @@ def _open_sparse(opening: _Opening, name: str, *, size: int | None, line: Extent
             why=f"not a {line.type if line else 'sparse'} extent",
         )
     if kind is FileKind.COWD:
-        header = cowd.parse_header(head, storage.name)
-        size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
-        if header.unclean:
-            opening.warnings.append(_UNCLEAN.format(storage.name))
-        return CowdExtent(storage, header, opening.cache, size=size)
+        return _open_cowd(opening, name, storage, cowd.parse_header(head, storage.name), size, line)
     if kind is FileKind.SESPARSE:
         constant = sesparse.parse_header(head, storage.name)
         volatile = storage.read(constant.volatile.at, SECTOR)
@@ -468,6 +408,9 @@ def _open_hosted(
             from nbd_vmdk.extents.salvage import SalvagedExtent  # seldom needed, and slow to import
 
             return SalvagedExtent(storage, header, opening.cache, size=size)
+        if opening.whole and opening.is_written(name, line) and is_new(storage, header):
+            storage = opening.open_for_writing(name)
+            return NewStreamExtent(storage, header, opening.cache, size=size)
         return StreamExtent(storage, header, opening.cache, size=size)
     if header.directory_at_end:
         raise BadField(
@@ -475,9 +418,9 @@ def _open_hosted(
         )
     check_grain_area(header, storage)
     # Version 3 without compression is some tool's way to say that changes are tracked elsewhere.
-    if line is not None and not opening.written.isdisjoint((name, line.name)) and header.version < 3:
+    if opening.is_written(name, line) and header.version < 3:
         storage = opening.open_for_writing(name)
-        if header.unclean or header.directory_entries <= _VETTED_TABLES:
+        if header.unclean or header.capacity_sectors <= _VETTED_GRAINS * header.grain_sectors:
             quick_check(storage, header)
     extent = HostedExtent(storage, header, opening.cache, size=size)
     if header.unclean:
@@ -487,6 +430,24 @@ def _open_hosted(
             f"{storage.name}: grain tables of {header.entries_per_table} entries are unusual"
         )
     return extent
+
+
+def _open_cowd(
+    opening: _Opening,
+    name: str,
+    storage: Storage,
+    header: cowd.CowdHeader,
+    size: int | None,
+    line: ExtentLine | None,
+) -> Extent:
+    size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
+    if opening.is_written(name, line) and header.version >= 1:
+        storage = opening.open_for_writing(name)
+        if header.suspect or header.capacity_sectors <= _VETTED_GRAINS * header.grain_sectors:
+            quick_check_cowd(storage, header)
+    if header.unclean:
+        opening.warnings.append(_UNCLEAN.format(storage.name))
+    return CowdExtent(storage, header, opening.cache, size=size)
 
 
 def _effective_size(storage: Storage, size: int | None, capacity_sectors: int, grain_sectors: int) -> int:

@@ -1,26 +1,37 @@
-"""How deep to look: a chain of many links, read at the cost of one.
+"""Where to look: a chain of many links, read at the cost of one.
 
-Links that nobody writes to do not change, so what was once found out about them stays true: for each unit of
-64 KiB of the disk, the first link that holds anything in it.  The links above it, all holes there, are passed
-over from then on.  It is a place to start from, not an answer: within the unit the search goes on downwards
-as it would from the top.
+Links that nobody writes to do not change, so what was once found out about them stays true.  For each unit of
+64 KiB of the disk it is kept: the place in a file where all of it lies in one piece, which answers a read at
+once; or else the first link that holds anything in it.  The links above that one, all holes there, are passed
+over from then on.  The latter is a place to start from, not an answer: within the unit the search goes on
+downwards as it would from the top.
 
-One byte a unit, in pages that live in the shared cache and are made again when they were forgotten.
+One number a unit, in pages that live in the shared cache and are made again when they were forgotten.
 """
 
+import threading
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import FormatError
-from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.extents.base import Kind, Mapping, Source
 from nbd_vmdk.link import Link
 
 _UNIT_BITS: Final = 16
 _UNIT: Final = 1 << _UNIT_BITS
-_PAGE_BITS: Final = 12
+_WITHIN: Final = _UNIT - 1
+#: A page stands for 32 MiB of the disk, as a grain table does; larger ones would mostly be empty where reads
+#: are far apart.
+_PAGE_BITS: Final = 9
 _SLOT: Final = (1 << _PAGE_BITS) - 1
-_UNKNOWN: Final = 0  # what a new page is full of; a known depth is kept plus one
+#: What is kept for a unit: 0 if nothing is known, the first link's depth plus one, or the position in a
+#: file with the number of its source above these bits.
+_PLACE_BITS: Final = 48
+_PLACE: Final = (1 << _PLACE_BITS) - 1
+_MAX_SOURCES: Final = 0xFFFF
+_DATA: Final = Kind.DATA
 
 
 class Shortcuts:
@@ -32,6 +43,23 @@ class Shortcuts:
         self._cache = cache
         self._key = cache.namespace()
         self._size = links[0].size
+        #: The sources that places are in, each with the depth of its link, and their numbers.
+        self._sources: list[Source | None] = [None]  # number 0 is not used
+        self._depths = [0]
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+
+    def find(self, offset: int, length: int) -> Mapping | None:
+        """What backs a range that is known to lie in one piece in a file; None says nothing."""
+        unit = offset >> _UNIT_BITS
+        page = self._cache.young.get(self._key + (unit >> _PAGE_BITS))
+        if page is None:
+            return None
+        found = page[unit & _SLOT]
+        within = offset & _WITHIN
+        if found <= _PLACE or within + length > _UNIT:
+            return None
+        return _DATA, length, self._sources[found >> _PLACE_BITS], (found & _PLACE) + within
 
     def reach(self, offset: int, length: int) -> tuple[int, int]:
         """(link to begin with, length for which that is so) for a range of the disk.
@@ -40,10 +68,6 @@ class Shortcuts:
         """
         unit = offset >> _UNIT_BITS
         last = (offset + length - 1) >> _UNIT_BITS
-        if unit == last:
-            page = self._cache.young.get(self._key + (unit >> _PAGE_BITS))
-            if page is not None and (found := page[unit & _SLOT]):
-                return found - 1, length
         depth = self._depth(unit)
         while unit < last and self._depth(unit + 1) == depth:
             unit += 1
@@ -53,28 +77,41 @@ class Shortcuts:
         key = self._key + (unit >> _PAGE_BITS)
         page = self._cache.young.get(key) or self._cache.get(key)
         if page is None:
-            page = bytearray(_SLOT + 1)
+            page = array("Q", bytes(8 << _PAGE_BITS))
             self._cache.put(key, page)
+        assert isinstance(page, array)
         found = page[unit & _SLOT]
-        if found == _UNKNOWN:
+        if not found:
             # Two threads may find out the same at once, and write the same.
-            found = self._search(unit << _UNIT_BITS) + 1
-            page[unit & _SLOT] = found  # type: ignore[index]  # never the bytes that a cache may also hold
-        return found - 1
+            found = page[unit & _SLOT] = self._search(unit << _UNIT_BITS)
+        return found - 1 if found <= _PLACE else self._depths[found >> _PLACE_BITS]
 
     def _search(self, start: int) -> int:
+        """What to keep for the unit at ``start``."""
         end = min(start + _UNIT, self._size)
         for depth in range(self.first, len(self._links)):
             link = self._links[depth]
             if link.size < end:
-                return depth  # beyond its end the disk is zeros, whatever is below
+                return depth + 1  # beyond its end the disk is zeros, whatever is below
             at = start
             try:
                 while at < end:
-                    kind, count, _source, _at = link.map(at, end - at)
+                    kind, count, source, place = link.map(at, end - at)
+                    if kind is Kind.DATA and source is not None and count == end - start:
+                        return self._place(depth, source, place)
                     if kind is not Kind.HOLE:
-                        return depth
+                        return depth + 1
                     at += count
             except FormatError:
-                return depth  # damage is for those to meet who read just there
-        return len(self._links)
+                return depth + 1  # damage is for those to meet who read just there
+        return len(self._links) + 1
+
+    def _place(self, depth: int, source: Source, at: int) -> int:
+        """What stands for byte ``at`` of a source; the depth alone where numbers are too small for it."""
+        with self._lock:
+            number = self._numbers.get((depth, id(source)))
+            if number is None and len(self._sources) <= _MAX_SOURCES:
+                number = self._numbers[depth, id(source)] = len(self._sources)
+                self._depths.append(depth)
+                self._sources.append(source)
+        return depth + 1 if number is None or at > _PLACE else number << _PLACE_BITS | at

@@ -60,24 +60,32 @@ class Inflater:
         self._key = cache.namespace()
         self._size = size
         self._grain = header.grain
+        self._grain_sectors = header.grain_sectors
+        self._per_table = header.entries_per_table
+        # What lies behind the capacity is no loss.
+        self._needed = min(size, header.capacity)
+        self._file_size = storage.size
 
     def read_into(self, buf: memoryview, at: int) -> None:
         """Fill ``buf`` with the extent's bytes from ``at`` on, all of which lie in packed grains."""
-        done = 0
-        while done < len(buf):
+        done, length = 0, len(buf)
+        while done < length:
             index, within = divmod(at + done, self._grain)
             plain = self._cache.young.get(self._key + index) or self._plain(index)
-            count = min(self._grain - within, len(buf) - done)
+            count = min(self._grain - within, length - done)
             piece = memoryview(plain)[within : within + count]
             if len(piece) != count:
                 raise self._damaged(index, f"it inflates to {len(plain)} bytes only")
+            if count == length:
+                buf[:] = piece
+                return
             buf[done : done + count] = piece
             done += count
 
     def _plain(self, index: int) -> "bytes | bytearray | array[int]":
         plain = self._cache.get(self._key + index)
         if plain is None:
-            number, slot = divmod(index, self._header.entries_per_table)
+            number, slot = divmod(index, self._per_table)
             table = self._tables.get(number)
             assert table is not None, "a packed grain has a table"
             sector = table[slot]
@@ -91,17 +99,18 @@ class Inflater:
         """The grain whose record starts at ``at`` and probably is ``likely`` bytes long."""
         if not 0 < likely <= 2 * self._grain:
             likely = self._grain // 2 + SECTOR  # deflated grains are seldom larger
-        guess = min(self._storage.size - at, likely)
+        if at + likely > self._file_size:
+            self._file_size = self._storage.size  # it may have grown
+        guess = min(self._file_size - at, likely)
         if guess < GRAIN_MARKER.size:
             need = at + SECTOR
             raise Truncated(
-                self.name, what=f"grain {index}", need=need, have=self._storage.size, hint=_SALVAGE_HINT
+                self.name, what=f"grain {index}", need=need, have=self._file_size, hint=_SALVAGE_HINT
             )
         data = self._storage.read(at, guess)
-        # What lies behind the capacity is no loss.
-        need = min(self._grain, min(self._size, self._header.capacity) - index * self._grain)
+        need = min(self._grain, self._needed - index * self._grain)
         problem = ""
-        for begin, size in self._payloads(index, data, self._storage.size - at):
+        for begin, size in self._payloads(index, data, self._file_size - at):
             if begin + size > len(data):
                 data += self._storage.read(at + len(data), begin + size - len(data))
             try:
@@ -120,7 +129,7 @@ class Inflater:
         ``data`` is the record's beginning, ``room`` what the file has from there on.
         """
         sector, size = GRAIN_MARKER.unpack_from(data)
-        if sector == index * self._header.grain_sectors and size:
+        if sector == index * self._grain_sectors and size:
             if size > 2 * self._grain:
                 raise self._damaged(index, f"its compressed size {size} can't be")
             return [(GRAIN_MARKER.size, size)]

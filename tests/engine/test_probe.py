@@ -81,7 +81,7 @@ def test_the_beginning_of_a_header(tmp_path: Path, magic: bytes, length: int) ->
 def test_what_is_no_file(tmp_path: Path) -> None:
     refused(str(tmp_path / "gone.vmdk"), FileMissing)
     refused(str(tmp_path / "gone" / "gone.vmdk"), FileMissing)
-    refused(str(tmp_path), TrustError)
+    assert "folder without a disk" in str(refused(str(tmp_path), NotVmdk))
     refused("", OptionError)
     os.mkfifo(tmp_path / "pipe.vmdk")
     assert "pipe" in str(refused(str(tmp_path / "pipe.vmdk"), TrustError))
@@ -465,8 +465,9 @@ def test_a_disk_in_two_files_inside_an_ova(tmp_path: Path) -> None:
     image = desc.vmfs(str(tmp_path), "disk", ODD)
     os.rename(image.files[1], tmp_path / "disk-flat.bin")
     Path(image.path).write_bytes(image.text.replace(b"disk-flat.vmdk", b"disk-flat.bin"))
-    disks = [ova.Disk(image.path, ODD.size), ova.Disk(str(tmp_path / "disk-flat.bin"), ODD.size)]
-    shows_packed(ova.write_ova(str(tmp_path / "vm.ova"), disks).path, ODD)
+    extra = [("disk-flat.bin", (tmp_path / "disk-flat.bin").read_bytes())]
+    made = ova.write_ova(str(tmp_path / "vm.ova"), [ova.Disk(image.path, ODD.size)], extra=extra)
+    shows_packed(made.path, ODD)
 
 
 def test_an_ova_that_is_called_like_its_disk(tmp_path: Path) -> None:
@@ -494,12 +495,14 @@ def test_an_ova_with_more_or_fewer_disks(tmp_path: Path) -> None:
     )
     error = refused(made.path, NotVmdk)
     assert "2 disks" in str(error)
-    assert "one.vmdk, two.vmdk" in str(error.hint)
+    assert f"{made.path}:one.vmdk, {made.path}:two.vmdk" in str(error.hint)
+    shows_packed(f"{made.path}:one.vmdk", ODD)
+    shows_packed(f"{made.path}:two.vmdk", PARENT)
     assert "without a .vmdk" in str(refused(ova.write_ova(str(tmp_path / "no.ova"), []).path, NotVmdk))
-    gone = ova.write_ova(str(tmp_path / "gz.ova"), [ova.Disk(one.path, ODD.size, gzip=True)])
-    assert "gzip" in str(refused(gone.path, NotVmdk))
-    parts = ova.write_ova(str(tmp_path / "parts.ova"), [ova.Disk(one.path, ODD.size, chunk_size=MIB)])
-    refused(parts.path, NotVmdk)
+    packed = ova.write_ova(str(tmp_path / "gz.ova"), [ova.Disk(one.path, ODD.size, gzip=True)])
+    shows_packed(packed.path, ODD)
+    parts = ova.write_ova(str(tmp_path / "parts.ova"), [ova.Disk(one.path, ODD.size, chunk_size=KIB)])
+    shows_packed(parts.path, ODD)
 
 
 def test_an_ova_that_is_cut_off(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nbd_vmdk import open_disk
+from nbd_vmdk.extents.base import Mapping
 from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.units import KIB, MIB, SECTOR
 from tests.images.content import Content
@@ -75,3 +76,41 @@ def test_a_unit_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for _ in range(3):
             disk.pread(disk.size, 0)
     assert searched == sorted(set(searched))
+
+
+def test_what_lies_in_one_piece_is_read_without_asking_a_link(tmp_path: Path) -> None:
+    image = chain(tmp_path, 3)
+    truth = image.visible.read(0, image.visible.size)
+
+    def ask(offset: int, length: int) -> Mapping:
+        raise AssertionError("a link was asked")
+
+    with open_disk(image.path) as disk:
+        shortcuts = disk._shortcuts
+        assert shortcuts is not None
+        assert shortcuts.find(0, 512) is None  # nothing is known yet
+        assert disk.pread(disk.size, 0) == truth
+        for link in disk.links:
+            link.map = ask
+        known = [at for at in range(0, disk.size - 64 * KIB, 4 * KIB) if shortcuts.find(at, 4 * KIB)]
+        assert len(known) > 100
+        for at in known:
+            assert disk.pread(4 * KIB, at) == truth[at : at + 4 * KIB]
+        # What reaches into the next unit is not answered.
+        assert shortcuts.find(64 * KIB - 512, 1024) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("_MAX_SOURCES", 2), ("_PLACE_BITS", 17)])
+def test_numbers_that_are_too_small_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    monkeypatch.setattr(f"nbd_vmdk.shortcuts.{name}", value)
+    if name == "_PLACE_BITS":
+        monkeypatch.setattr("nbd_vmdk.shortcuts._PLACE", (1 << value) - 1)
+    image = chain(tmp_path, 2)
+    truth = image.visible.read(0, image.visible.size)
+    with open_disk(image.path) as disk:
+        for _ in range(2):
+            for at in range(0, disk.size, 60 * KIB):
+                length = min(60 * KIB, disk.size - at)
+                assert disk.pread(length, at) == truth[at : at + length]
