@@ -1,0 +1,133 @@
+"""``nbd-vmdk convert``: a disk from anything that is one to anything that can be one."""
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from nbd_vmdk.cli import output
+from nbd_vmdk.cli.opening import json_option, open_options
+from nbd_vmdk.cli.progress import progress
+from nbd_vmdk.errors import OptionError
+from nbd_vmdk.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from nbd_vmdk.conversion import Converted
+
+#: Options that describe the new VMDK, as create_image knows them.
+_CREATE: Final = (
+    "adapter",
+    "hwversion",
+    "product",
+    "grain_size",
+    "extent_size",
+    "preallocation",
+    "zeroed_grain",
+)
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+@click.command(short_help="Copy a disk to a new image of another kind, a raw file or an NBD export.")
+@click.option(
+    "--type",
+    "kind",
+    metavar="TYPE",
+    help="What DST is to be: raw, ova, or a kind of VMDK as its createType names it, such as "
+    "monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, streamOptimized or vmfs.  "
+    "Without it the name of DST tells.",
+)
+@click.option("--ova", is_flag=True, help="Wrap the disk as an appliance: the same as --type ova.")
+@click.option(
+    "--for",
+    "product",
+    metavar="PRODUCT",
+    help="Make what workstation, esxi, ova, qemu or virtualbox takes.",
+)
+@click.option("--adapter", metavar="ADAPTER", help="The disk's controller; without it that of SRC.")
+@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.")
+@click.option("--grain-size", callback=_size, metavar="SIZE", help="Bytes of a grain.")
+@click.option("--extent-size", callback=_size, metavar="SIZE", help="Bytes of each extent of a split disk.")
+@click.option("--preallocation", metavar="HOW", help="For kinds without tables: off, falloc or full.")
+@click.option("--zeroed-grain", is_flag=True, help="Let the new image's tables say zeros (version 2).")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(("vmdk", "raw")),
+    help="Take SRC as that, whatever its name and its first bytes say.",
+)
+@click.option("--threads", type=click.IntRange(1, 64), metavar="N", help="Threads; by default as fit.")
+@click.option(
+    "--compress-level",
+    "level",
+    type=click.IntRange(1, 12),
+    metavar="N",
+    help="Of streamOptimized: 1 is fastest, 12 smallest.  [default: 6]",
+)
+@click.option("--verify", is_flag=True, help="Read DST back and compare it with SRC.")
+@click.option("--force", is_flag=True, help="Replace DST if it is there; needed for a block device.")
+@open_options
+@json_option
+@click.argument("source", metavar="SRC", type=click.Path())
+@click.argument("target", metavar="DST", type=click.Path())
+def convert(
+    source: str,
+    target: str,
+    *,
+    as_json: bool,
+    kind: str | None,
+    ova: bool,
+    threads: int | None,
+    level: int | None,
+    verify: bool,
+    force: bool,
+    **options: Any,
+) -> int:
+    """Copy the disk SRC, its whole chain made one, to DST, which is made new.
+
+    SRC is a VMDK, an appliance or a machine with one disk (app.ova:disk1.vmdk is one of several), a raw file,
+    a block device or an NBD URI; DST a new VMDK, OVA or raw file, a block device or an NBD URI.  Zeros stay
+    unallocated.  DST appears when it is whole, or not at all; a device
+    or an export is written in place.
+
+    What SRC is its name tells, not its content, which may be a guest's: a file is opened as a VMDK only if it
+    is called .vmdk, or .ova, .ovf or .vmx; a device or an export is raw, and so is any other file, unless it
+    looks like something else: then --from must say what it is.
+    """
+    from nbd_vmdk.codec import DEFAULT_LEVEL, MAX_LEVEL
+    from nbd_vmdk.conversion import convert as run
+    from nbd_vmdk.ops.convert import Work
+
+    if level is not None and level > MAX_LEVEL:
+        raise OptionError(None, why=f"--compress-level goes up to {MAX_LEVEL} here: libdeflate is missing")
+    if ova:
+        if kind not in (None, "ova"):
+            raise OptionError(None, why=f"--ova holds a streamOptimized disk, not --type {kind}")
+        kind = "ova"
+    create = {name: value for name in _CREATE if (value := options.pop(name))}
+    with progress("converting") as told:
+        work = Work(
+            threads=threads, level=level or DEFAULT_LEVEL, verify=verify, replace=force, progress=told
+        )
+        made = run(source, target, kind=kind, create=create, work=work, **options)
+    for note in made.notes:
+        output.message("note", note)
+    for warning in made.warnings:
+        output.log.warning("%s", warning)
+    if as_json:
+        output.json_object(made.as_dict())
+    else:
+        output.line(_summary(made))
+    return 0
+
+
+def _summary(made: "Converted") -> str:
+    text = f"{output.clean(made.target)}: {made.kind}, {format_size(made.size)}"
+    text += f", {format_size(made.data)} of them data"
+    if made.occupied is not None:
+        text += f", in a file of {format_size(made.occupied)}"
+    return text + (", verified" if made.verified else "")

@@ -1,0 +1,232 @@
+"""From any source to a new image: a raw file, or a VMDK of any kind that can be created.
+
+Everything is made in a folder beside the target and moved there at the end (see storage/newfiles.py), so a
+conversion that was killed at any point leaves no target, and one that is replaced stays until the new one is
+whole and, if that was asked for, compared with its source.
+
+The kinds differ in how bytes get there: a raw file and plain kinds are written at their places in any order;
+streamOptimized is appended to in the order of the disk, deflated by all threads.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from nbd_vmdk.codec import DEFAULT_LEVEL
+from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.errors import StorageError, VmdkError, printable
+from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.extents.streamwriter import StreamWriter
+from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
+from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
+from nbd_vmdk.ops.copy import Copied, Progress, Rest, Source, copy, default_threads
+from nbd_vmdk.ops.create import Created, create_image
+from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.newfiles import NewFiles
+from nbd_vmdk.units import SECTOR, align_up
+
+#: Zeros in a raw or flat file become holes in pieces of this size: the block of nearly all file systems.
+HOLE_GRAIN: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """How to do it.
+
+    threads   None takes what is best here
+    level     of deflating: 1 is fastest, 6 as small as everybody's default
+    verify    read the result back and compare it with the source before it gets its name
+    replace   a target that exists gives way
+    progress  told bytes done and of how many; verifying starts from 0 again
+    """
+
+    threads: int | None = None
+    level: int = DEFAULT_LEVEL
+    verify: bool = False
+    replace: bool = False
+    progress: Progress | None = None
+
+
+class Padded:
+    """A source filled up with zeros to whole sectors, which every disk has."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.size = align_up(source.size, SECTOR)
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[Kind, int]]:
+        """See Source."""
+        inside = max(min(length, self._source.size - offset), 0)
+        if inside:
+            yield from self._source.runs(offset, inside)
+        if inside < length:
+            yield Kind.ZERO, length - inside
+
+    def read_into(self, buf: memoryview, offset: int) -> None:
+        """See Source."""
+        inside = max(min(len(buf), self._source.size - offset), 0)
+        if inside:
+            self._source.read_into(buf[:inside], offset)
+        if inside < len(buf):
+            buf[inside:] = bytes(len(buf) - inside)
+
+
+class StreamSink:
+    """A new streamOptimized file: pieces are deflated by whoever brings them, and appended in order."""
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+
+    def write(self, buf: memoryview, offset: int) -> Rest:
+        """See Sink: whole grains."""
+        return partial(self._writer.append, self._writer.records(buf, offset))
+
+    def zero(self, offset: int, length: int) -> None:
+        """See Sink: grains of zeros are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a conversion made: its files, the one to open last, and what creating it told of them."""
+
+    copied: Copied
+    files: tuple[str, ...] = ()
+    created: Created | None = None
+
+
+def write_raw(source: Source, path: str, work: Work) -> Made:
+    """Make ``path`` the raw bytes of ``source``, with holes where there are zeros."""
+    with NewFiles(path, replace=work.replace) as new:
+        name = final_name(path, work)
+        with closing(new_file(new.path(name), path)) as storage:
+            storage.truncate(source.size)
+            sink = StorageSink(storage, fresh=True)
+            copied = copy(source, sink, zero_grain=HOLE_GRAIN, threads=work.threads, progress=work.progress)
+            if work.verify:
+                compare(source, StorageSource(storage), path, work)
+        return Made(copied, new.publish(main=name))
+
+
+def write_device(source: Source, storage: Storage, work: Work) -> Copied:
+    """Overwrite an open block device with ``source``: zeros too, as nobody knows what is there.
+
+    Raises StorageError if it is too small; what lies behind the source's end stays.
+    """
+    if storage.size < source.size:
+        why = f"it has {storage.size} bytes, and {source.size} are needed"
+        raise StorageError(storage.name, doing="write to the device", why=why)
+    sink = StorageSink(storage, fresh=False)
+    copied = copy(source, sink, zero_grain=HOLE_GRAIN, threads=work.threads, progress=work.progress)
+    storage.sync()
+    if work.verify:
+        compare(source, StorageSource(storage), storage.name, work)
+    return copied
+
+
+def write_image(source: Source, path: str, work: Work, create: Mapping[str, Any]) -> Made:
+    """Make ``path`` a VMDK with the bytes of ``source``; ``create`` goes to create_image."""
+    with NewFiles(path, replace=work.replace) as new, _final_names(new.folder, path):
+        name = final_name(path, work)
+        there = new.path(name)
+        padded = source if source.size % SECTOR == 0 else Padded(source)
+        created = create_image(there, padded.size, **create)
+        copied = fill_image(padded, there, path, work)
+        if work.verify:
+            with open_disk(there, locks=False) as disk:
+                compare(padded, DiskSource(disk), path, work)
+        return Made(copied, new.publish(main=name), created)
+
+
+def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
+    """Fill the new, empty image ``there`` with the bytes of ``source``."""
+    with closing(_open_file(there, label)) as storage:
+        head = storage.read(0, min(SECTOR, storage.size))
+        header = parse_header(head, label) if head.startswith(b"KDMV") else None
+        if header is not None and header.compressed:
+            head = storage.read(0, header.overhead_sectors * SECTOR)
+            storage.write(with_new_cid(head, header, label), 0)
+            return fill_stream(source, storage, header, work)
+    with open_disk(there, writable=True, locks=False) as disk:
+        return _fill_disk(source, disk, work)
+
+
+def with_new_cid(head: bytes, header: HostedHeader, label: str) -> bytes:
+    """The beginning of a file with a content ID drawn for it: that of a new image says "never written"."""
+    at = header.descriptor_sector * SECTOR
+    descriptor = Descriptor.parse(head[at:].partition(b"\0")[0], label)
+    patched = bytearray(head)
+    for offset, digits in descriptor.cid_patches(random_cid()):
+        patched[at + offset : at + offset + len(digits)] = digits
+    return bytes(patched)
+
+
+def fill_stream(source: Source, storage: Storage, header: HostedHeader, work: Work) -> Copied:
+    """Append the grains of ``source`` to an empty streamOptimized file, in place of its end."""
+    writer = StreamWriter(storage, header, level=work.level, in_order=True)
+    copied = copy(
+        source,
+        StreamSink(writer),
+        grain=header.grain,
+        zero_grain=header.grain,
+        threads=work.threads or default_threads(deflating=True),
+        progress=work.progress,
+    )
+    writer.finish()
+    return copied
+
+
+def _fill_disk(source: Source, disk: Disk, work: Work) -> Copied:
+    # Whole grains: a part of one would be filled up with zeros by a write of its own.
+    grain = max(disk.links[0].grain, 1)
+    return copy(
+        source,
+        DiskSink(disk, fresh=True),
+        grain=grain,
+        zero_grain=max(grain, HOLE_GRAIN),
+        threads=work.threads,
+        progress=work.progress,
+    )
+
+
+def compare(source: Source, result: Source, name: str, work: Work) -> None:
+    """Raise Difference unless ``result`` has all bytes of ``source``."""
+    threads = work.threads or default_threads(deflating=True)
+    copy(source, Comparer(result, name), threads=threads, progress=work.progress)
+
+
+@contextmanager
+def _final_names(folder: str, path: str) -> Iterator[None]:
+    """Let errors about files of the temporary ``folder`` name them as they would have been called."""
+    try:
+        yield
+    except VmdkError as error:
+        if error.file is not None and os.path.dirname(error.file) == folder:
+            error.file = os.path.join(os.path.dirname(path), os.path.basename(error.file))
+            error.args = (f"{printable(error.file)}: {error.message}",)
+        raise
+
+
+def final_name(path: str, work: Work) -> str:
+    """The plain name that the new file gets: where a link is replaced, that of the file it leads to."""
+    return os.path.basename(os.path.realpath(path) if work.replace else path)
+
+
+def new_file(path: str, label: str) -> LocalFile:
+    """Make the file ``path``, called ``label`` in messages; StorageError."""
+    return _told(lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), label)
+
+
+def _open_file(path: str, label: str) -> LocalFile:
+    return _told(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC), label)
+
+
+def _told(opened: Callable[[], int], label: str) -> LocalFile:
+    try:
+        return LocalFile(opened(), label, writable=True)
+    except OSError as error:
+        raise StorageError.of(error, label, "make") from error
