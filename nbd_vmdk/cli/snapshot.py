@@ -1,0 +1,298 @@
+"""``nbd-vmdk snapshot``: make child links, show their tree, merge, move and remove them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nbd_vmdk.cli import output
+from nbd_vmdk.cli.opening import image_argument, json_option
+from nbd_vmdk.cli.progress import progress
+from nbd_vmdk.errors import OptionError
+from nbd_vmdk.units import format_size
+
+if TYPE_CHECKING:
+    from nbd_vmdk.ops.snapshot.delete import Removal
+    from nbd_vmdk.ops.snapshot.listing import Row
+    from nbd_vmdk.ops.snapshot.plan import Plan
+
+_STATES = {
+    "old": "its parent was changed after it was made",
+    "lost": "its parent was not found here",
+}
+
+_allow_dir = click.option(
+    "--allow-dir",
+    "allow_dirs",
+    type=click.Path(),
+    metavar="DIR",
+    multiple=True,
+    help="Let images name files in DIR, and look for relatives there too.  May be repeated.",
+)
+_allow_devices = click.option(
+    "--allow-devices", is_flag=True, help="Let images name block devices in an allowed folder."
+)
+_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+_drop_ctk = click.option(
+    "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
+)
+
+
+@click.group(short_help="Make child links, show their tree, merge, move and remove them.")
+def snapshot() -> None:
+    """Work on the links of disks: every snapshot freezes one, and a child of it takes the writes.
+
+    What is merged, moved or removed never changes what the links that stand on it show.  No other program may
+    use them meanwhile; locks see to that.
+    """
+
+
+@snapshot.command(short_help="Make a child of an image, for all further writes.")
+@click.option(
+    "--for",
+    "product",
+    type=click.Choice(["workstation", "esxi", "ova", "qemu", "virtualbox"]),
+    help="Pick a kind that this product takes.",
+)
+@click.option("--type", "kind", metavar="KIND", help="The kind of the child, if not the one that fits.")
+@click.option("--protect", is_flag=True, help="Take the permission to write from all files of IMAGE.")
+@_allow_dir
+@json_option
+@image_argument
+@click.argument("child", type=click.Path(), required=False)
+def create(image: str, child: str | None, as_json: bool, **options: Any) -> int:
+    """Make an empty CHILD of IMAGE: IMAGE stays as it is now, further writes belong into the child.
+
+    Without CHILD it is called as VMware would call it (disk-000001.vmdk, the next free number).  A folder as
+    CHILD gets a linked clone.  The new top of the chain is printed.
+    """
+    from nbd_vmdk.ops.snapshot.create import create_child
+    from nbd_vmdk.ops.snapshot.records import users_of
+
+    made = create_child(image, child, **options)
+    for warning in made.warnings:
+        output.log.warning("%s", warning)
+    if as_json:
+        output.json_object(made.as_dict())
+        return 0
+    output.line(output.clean(made.path))
+    sys.stdout.flush()
+    output.message("hint", f"write to {made.path} from now on: writing to {image} makes the child invalid")
+    is_clone = made.parent is not None and "/" in made.parent
+    if is_clone:
+        folder = os.path.dirname(os.path.realpath(image))
+        output.message("hint", f"its parent is in another folder: opening it takes --allow-dir {folder}")
+    for user in users_of(image):
+        now = "a child of its own, made beside it" if is_clone else made.path
+        output.message("hint", f"{user} names {image}: it must name {now} from now on")
+    return 0
+
+
+@snapshot.command("list", short_help="Show the tree of links in a folder.")
+@_allow_dir
+@_allow_devices
+@json_option
+@click.argument("place", type=click.Path(), metavar="FOLDER|IMAGE")
+def list_(place: str, as_json: bool, **options: Any) -> int:
+    """Show all links in FOLDER, or in the folders of IMAGE and its parents, as trees.
+
+    For each: whether its parent is still what it was made on, what it occupies, which machine (.vmx) writes
+    to it, and which snapshots (.vmsd) froze it.
+    """
+    from nbd_vmdk.ops.snapshot.listing import list_links
+
+    rows, warnings = list_links(place, **options)
+    for warning in warnings:
+        output.log.warning("%s", warning)
+    if as_json:
+        output.json_object({"links": [row.as_dict() for row in rows]})
+    else:
+        _print_tree(rows)
+    return 0
+
+
+def _print_tree(rows: "Sequence[Row]") -> None:
+    table = [("link", "size", "holds", "kind", "")]
+    for row in rows:
+        descriptor = row.link.descriptor
+        name = "  " * row.level + output.clean(row.link.name if row.level else row.link.label)
+        size = format_size(descriptor.total_sectors * 512)
+        kind = output.clean(descriptor.create_type or "")
+        table.append((name, size, format_size(row.occupied), kind, output.clean("; ".join(_remarks(row)))))
+    widths = [max(len(line[column]) for line in table) for column in range(4)]
+    for line in table:
+        cells = [
+            line[0].ljust(widths[0]),
+            line[1].rjust(widths[1]),
+            line[2].rjust(widths[2]),
+            line[3].ljust(widths[3]),
+            line[4],
+        ]
+        output.line("  ".join(cells).rstrip())
+
+
+def _remarks(row: "Row") -> list[str]:
+    remarks = [f"current: {user}" for user in row.current]
+    for named in row.snapshots:
+        when = f" of {named.taken:%Y-%m-%d %H:%M} UTC" if named.taken else ""
+        remarks.append(f'frozen by "{named.name}"{when}')
+    if row.state in _STATES:
+        remarks.append(f"unusable: {_STATES[row.state]} ({row.link.descriptor.parent_hint})")
+    if row.merging:
+        remarks.append(f"{row.merging} before, a merge into it has not been finished")
+    return remarks
+
+
+@snapshot.command(short_help="Merge a child into its parent, and remove it.")
+@click.option("--keep", is_flag=True, help="Keep CHILD, as a link on the merged parent.")
+@click.option("--break-children", is_flag=True, help="Give up other children of the parent.")
+@_dry_run
+@_drop_ctk
+@_allow_dir
+@_allow_devices
+@json_option
+@click.argument("child", type=click.Path())
+def commit(child: str, keep: bool, break_children: bool, dry_run: bool, as_json: bool, **options: Any) -> int:
+    """Merge CHILD into its parent: the parent becomes what CHILD shows, and CHILD goes away.
+
+    What stands on CHILD stands on the parent afterwards and shows what it showed.  The state that the parent
+    had is lost.  If it is stopped, by whatever, the same command goes on; until then the parent is called
+    NAME.merging-ID.vmdk and CHILD can be used as before.
+    """
+    from nbd_vmdk.ops.snapshot.commit import commit as run
+    from nbd_vmdk.ops.snapshot.commit import plan_commit
+
+    plan = plan_commit(child, keep=keep, **options)
+    _tell_plan(plan)
+    if not dry_run:
+        with progress("merging") as told:
+            plan = run(child, keep=keep, break_children=break_children, progress=told, **options)
+    if as_json:
+        output.json_object({"done": not dry_run, **plan.as_dict()})
+    elif not dry_run:
+        output.line(output.clean(plan.result))
+    sys.stdout.flush()
+    _tell_users(plan, keep=keep)
+    return 0
+
+
+def _tell_plan(plan: "Plan") -> None:
+    amount = plan.amount
+    told = f"{format_size(amount.data)} to write, {format_size(amount.new)} of it in new space"
+    output.message("note", f"{plan.child.label} goes into {plan.result}: {told}")
+    if plan.stage.value != "new":
+        output.message("note", "an earlier attempt was stopped; this goes on with it")
+    if amount.new > plan.room:
+        free = format_size(plan.room)
+        output.log.warning("only %s are free there, which may be too little", free)
+    for link in plan.grandchildren:
+        output.message("note", f"{link.label} will stand on {plan.result}")
+    for link in plan.breaks:
+        output.message("note", f"{link.label} will be invalid: it needs {plan.result} as it is now")
+    for name in plan.snapshots:
+        output.message("note", f'the snapshot "{name}" will be gone: it is what {plan.result} is now')
+    if plan.removes:
+        output.message("note", f"to be removed: {', '.join(plan.removes)}")
+
+
+def _tell_users(plan: "Plan", *, keep: bool) -> None:
+    """Say what is left to do: whose files name the child, and a mark that a stopped attempt left."""
+    if plan.stage.value == "merging":
+        what = f"if it was killed, {plan.result} has kept a mark of that: nbd-vmdk repair {plan.result}"
+        output.message("hint", what)
+    if not keep:
+        for user in plan.users:
+            output.message("hint", f"{user} names {plan.child.name}: it must name {plan.name} now")
+
+
+@snapshot.command(short_help="Give a child another parent, without changing what it shows.")
+@click.option("--parent", type=click.Path(), metavar="FILE", help="The new parent.")
+@click.option("--flatten", is_flag=True, help="No parent at all: make CHILD independent.")
+@click.option("--relink", is_flag=True, help="Change the pointer alone, if nothing has to be copied.")
+@click.option("--unchecked", is_flag=True, help="With --relink: don't prove that the parents are alike.")
+@_dry_run
+@_drop_ctk
+@_allow_dir
+@_allow_devices
+@json_option
+@click.argument("child", type=click.Path())
+def rebase(
+    child: str,
+    parent: str | None,
+    flatten: bool,
+    relink: bool,
+    unchecked: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Make FILE the parent of CHILD; what CHILD shows stays the same.
+
+    What the two parents show differently through CHILD is copied into it first.  With --relink nothing is
+    copied: after both have been read and found alike, the pointer is changed.
+    """
+    from nbd_vmdk.ops.snapshot.rebase import rebase as run
+
+    if (parent is None) is not flatten:
+        raise OptionError(None, why="the new parent is missing", hint="use either --parent FILE or --flatten")
+    if unchecked and not relink:
+        raise OptionError(None, why="--unchecked belongs to --relink")
+    if flatten and relink:
+        raise OptionError(None, why="--flatten copies, and --relink forbids that")
+    with progress("comparing") as told:
+        done = run(
+            child, parent, relink=relink, unchecked=unchecked, dry_run=dry_run, progress=told, **options
+        )
+    if as_json:
+        output.json_object({"done": not dry_run, **done.as_dict()})
+        return 0
+    where = "has no parent" if done.parent is None else f"stands on {output.clean(done.parent)}"
+    copied = f"{format_size(done.copied)} copied into it"
+    output.line(f"{output.clean(child)}: {'would be so: ' if dry_run else ''}{where}, {copied}")
+    return 0
+
+
+@snapshot.command(short_help="Show what removing a link would do; with --apply, remove it.")
+@click.option("--apply", is_flag=True, help="Remove it.")
+@_drop_ctk
+@_allow_dir
+@_allow_devices
+@json_option
+@click.argument("link", type=click.Path())
+def delete(link: str, apply: bool, as_json: bool, **options: Any) -> int:
+    """Show what removing LINK would do.  With --apply, remove it and all its files.
+
+    Links that stand on it get its parent instead, after what they show of LINK has been copied into them.
+    What a link holds on which nothing stands is lost.  A base with children is refused: commit a child into
+    it instead.
+    """
+    from nbd_vmdk.ops.snapshot.delete import delete_link
+
+    with progress("copying") as told:
+        found = delete_link(link, apply=False, progress=None if apply else told, **options)
+        _tell_removal(found)
+        if apply:
+            found = delete_link(link, apply=True, progress=told, **options)
+    if as_json:
+        output.json_object({"applied": apply, **found.as_dict()})
+        return 0
+    for path in found.removes:
+        output.line(f"{'removed' if apply else 'to be removed'}: {output.clean(path)}")
+    sys.stdout.flush()
+    if not apply:
+        output.message("hint", "--apply does it")
+    return 0
+
+
+def _tell_removal(found: "Removal") -> None:
+    for child, copied in found.children.items():
+        parent = found.parent.label if found.parent else "nothing"
+        output.message("note", f"{child} will stand on {parent}, with {format_size(copied)} copied into it")
+    if not found.children:
+        output.message("note", f"what {found.link.label} holds will be lost")
+    for stale in found.stale:
+        output.message("note", f"{stale} names it as its parent, but was invalid before")
+    for name in found.snapshots:
+        output.log.warning('%s: the snapshot "%s" can\'t be gone back to without it', found.link.label, name)

@@ -1,0 +1,1 @@
+"""Snapshots: making child links, showing the tree, merging, moving and removing links."""

@@ -1,0 +1,214 @@
+"""Merging a child into its parent, so that it can be started again after whatever stopped it.
+
+A merge writes into the parent what the child holds.  Seen through the child nothing changes by that, at any
+moment; but the parent itself is neither the old disk nor the new one until all is done, and its other
+children read wrong data.  So nobody may take it for what it was:
+
+    1. name       the parent gets a second name that says what is happening, ``disk.merging-CCCCCCCC.vmdk``
+                  with the child's content ID (a hard link)
+    2. identify   it gets a new content ID, so that its other children notice
+    3. point      the child names it by that name and content ID; then its old name is taken away
+    4. merge      copy what the child holds, make it durable
+    5. name       the parent gets its old name again, beside the other
+    6. point      the child's own children name the parent by it, with its content ID
+    7. remove     the other name, and then the child's files, its descriptor last
+
+Wherever this stops, the child (from 3 to 6) and its children read what they always read, or are refused; the
+parent can't be found by its old name while it is no whole disk; and the names and content IDs that are
+there say how far it came, so the same command goes on from there.  Where a file system knows no hard links
+the parent is renamed instead, and the child is refused for a moment.
+
+What is not done: children in folders that are not looked at are not found.  A child of the child there is
+refused afterwards (its parent is gone) until it is pointed to the merged one.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.errors import InUse, VmdkError, WriteRefused
+from nbd_vmdk.ondisk.descriptor import last_component
+from nbd_vmdk.opener import open_link
+from nbd_vmdk.ops.copy import Progress, copy
+from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, sync_folder
+from nbd_vmdk.ops.snapshot import files, namefile
+from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
+from nbd_vmdk.ops.snapshot.names import merging_name
+from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure
+from nbd_vmdk.options import OpenOptions
+
+log = logging.getLogger("nbd_vmdk")
+
+
+def plan_commit(path: str | os.PathLike[str], *, keep: bool = False, **options: Any) -> Plan:
+    """What commit() would do to the child ``path``; nothing is changed.
+
+    ``options`` are allow_dirs, allow_devices and drop_ctk of OpenOptions.  Raises what commit() would.
+    """
+    place = files.Place(path, files.opening(options, locks=False))
+    plan = make_plan(place, keep=keep)
+    if plan.stage is not Stage.MERGED:
+        with ExitStack() as held:
+            child = open_link(place.link.folder, place.link.name, place.options, _cache(), writable=False)
+            held.callback(child.close)
+            with files.writable_wanted():
+                parent = open_link(
+                    plan.parent.folder, plan.parent.name, place.options, _cache(), writable=True
+                )
+            held.callback(parent.close)
+            measure(plan, child, parent)
+            if not keep:
+                plan.removes = files.own_files(place.link, child.storages, place.links(plan.parent))
+    return plan
+
+
+def commit(
+    path: str | os.PathLike[str],
+    *,
+    keep: bool = False,
+    break_children: bool = False,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> Plan:
+    """Merge the child ``path`` into its parent, and remove it; what was done.
+
+    With ``keep`` the child stays as a link on the merged parent.  With ``break_children`` other children of
+    the parent are given up.  ``options`` are those of plan_commit().  Raises WriteRefused, ChainError and
+    InUse before anything is changed; after any later error the same call goes on where it stopped.
+    """
+    place = files.Place(path, files.opening(options), mend=True)
+    mend_folder(make_plan(place, keep=keep).parent.folder)
+    plan = make_plan(place, keep=keep)
+    if plan.breaks and not break_children:
+        names = ", ".join(link.label for link in plan.breaks)
+        raise WriteRefused(
+            plan.parent.label,
+            why=f"it has other children, which merging into it would make invalid: {names}",
+            hint=f"nbd-vmdk snapshot rebase --flatten {plan.breaks[0].label} makes one independent; "
+            "--break-children gives them up",
+        )
+    try:
+        _commit(plan, place, keep=keep, progress=progress, threads=threads)
+    except VmdkError as error:
+        if plan.begun:
+            error.hint = _unfinished(plan) if error.hint is None else f"{error.hint}; {_unfinished(plan)}"
+        raise
+    except KeyboardInterrupt:
+        if plan.begun:
+            log.warning("%s: %s", plan.child.label, _unfinished(plan))
+        raise
+    return plan
+
+
+def _commit(
+    plan: Plan, place: files.Place, *, keep: bool, progress: Progress | None, threads: int | None
+) -> None:
+    with ExitStack() as held:
+        child = files.hold(held, place.link)
+        below = [files.hold(held, link) for link in plan.grandchildren]
+        if plan.stage is Stage.MERGED:
+            _finish(plan, child, below, keep=keep)
+            held.close()
+            files.remove_files(plan.removes)
+            return
+        link = files.hold_link(held, place.link, place.options, child)
+        disk = held.enter_context(_open_parent(plan, place.options))
+        measure(plan, link, disk.links[0])
+        if not keep:
+            plan.removes = files.own_files(place.link, link.storages, place.links(plan.parent))
+        _begin(plan, child, disk)
+        copy(
+            LinkSource(link),
+            MergeSink(disk),
+            zero_grain=zero_block(disk.links[0]),
+            progress=progress,
+            threads=threads,
+        )
+        disk.flush()
+        _finish(plan, child, below, keep=keep)
+        disk.close()
+        files.remove_files(plan.removes)
+
+
+def _unfinished(plan: Plan) -> str:
+    return (
+        "no data is lost: what reads through the child reads what it did before, and the same command goes "
+        f"on with merging it into {plan.name}"
+    )
+
+
+def _cache() -> Cache:
+    return Cache(files.CACHE)
+
+
+def _open_parent(plan: Plan, options: OpenOptions) -> Disk:
+    chosen = OpenOptions(
+        writable=True,
+        write_parent=True,
+        drop_ctk=options.drop_ctk,
+        allow_dirs=options.allow_dirs,
+        allow_devices=options.allow_devices,
+        cache_size=options.cache_size,
+    )
+    with files.writable_wanted():
+        disk = open_in(plan.parent.folder, plan.parent.name, chosen)
+    top = disk.links[0]
+    if disk.writable and (top.storages[0].identity, top.cid) == (plan.parent.identity, plan.parent.cid):
+        return disk
+    disk.close()
+    if disk.writable:
+        raise InUse(plan.parent.label, how="it has just been changed", hint="try again")
+    raise WriteRefused(plan.parent.label, why=files.why_read_only(top))
+
+
+def _begin(plan: Plan, child: DescriptorFile, disk: Disk) -> None:
+    """Steps 1 to 3, as far as they are still to do."""
+    plan.begun = True
+    parent = disk.links[0]
+    now = real_path(parent.storages[0])
+    folder = os.path.dirname(now)
+    old = os.path.join(folder, plan.name)
+    if plan.stage is Stage.MERGING:
+        parent.keep_cid()
+        new = now
+    else:
+        assert plan.child.cid is not None
+        new = os.path.join(folder, merging_name(plan.name, plan.child.cid))
+        namefile.add_name(now, new)
+        changed = parent.change_cid()
+        assert changed is not None
+        changed.sync()
+        assert parent.cid is not None
+        files.point(child, new, parent.cid)
+    namefile.drop_name(old, new)
+
+
+def _finish(plan: Plan, child: DescriptorFile, below: Sequence[DescriptorFile], *, keep: bool) -> None:
+    """Steps 5 to 7, without removing the child's files."""
+    folder = os.path.realpath(plan.parent.folder.name)
+    final = os.path.join(folder, plan.name)
+    assert plan.child.cid is not None
+    other = os.path.join(folder, merging_name(plan.name, plan.child.cid))
+    cid = child.descriptor.parent_cid
+    assert cid is not None
+    if plan.stage is not Stage.MERGED:
+        other = _merging_path(child, folder)
+        namefile.add_name(other, final)
+    for file in below:
+        files.point(file, final, cid)
+    if keep:
+        files.point(child, final, cid)
+    if plan.stage is not Stage.MERGED:
+        namefile.drop_name(other, final)
+    sync_folder(folder)
+
+
+def _merging_path(child: DescriptorFile, folder: str) -> str:
+    hint = child.descriptor.parent_hint
+    assert hint is not None
+    return os.path.join(folder, last_component(hint))

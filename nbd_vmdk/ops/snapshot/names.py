@@ -1,0 +1,71 @@
+"""Names: what a new child is called, how it names its parent, what a link is called during a merge.
+
+VMware calls the links of ``disk.vmdk`` ``disk-000001.vmdk`` and so on and uses free numbers again; a linked
+clone is ``disk-cl1.vmdk``.
+"""
+
+import os
+import re
+from collections.abc import Collection
+from typing import Final
+
+_NUMBERED: Final = re.compile(r"-\d{6}$")
+_CLONE: Final = re.compile(r"-cl\d+$")
+_SUFFIX: Final = ".vmdk"
+_MAX_NUMBER: Final = 999_999
+#: What stands before ``.vmdk`` in the name of a link that another one is being merged into.
+_MERGING: Final = re.compile(r"\.merging-([0-9a-f]{8})(?=\.vmdk$)")
+
+
+def stem_of(name: str) -> str:
+    """What the names of all links of a disk begin with: ``disk`` for ``disk-000002.vmdk``."""
+    stem = name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else name
+    return _NUMBERED.sub("", stem) or stem
+
+
+def next_child(parent: str, taken: Collection[str]) -> str:
+    """The name of the next child link of ``parent`` in a folder that holds the names ``taken``."""
+    return _first_free(stem_of(parent), "-{:06d}", taken)
+
+
+def next_clone(parent: str, taken: Collection[str]) -> str:
+    """The name of the next linked clone of ``parent`` in a folder that holds the names ``taken``."""
+    return _first_free(_CLONE.sub("", stem_of(parent)), "-cl{}", taken)
+
+
+def _first_free(stem: str, pattern: str, taken: Collection[str]) -> str:
+    # Some file systems take names in any case for the same.
+    begun = [name.lower() for name in taken]
+    for number in range(1, _MAX_NUMBER + 1):
+        start = stem + pattern.format(number)
+        low = start.lower()
+        if not any(name.startswith((f"{low}.", f"{low}-")) for name in begun):
+            return start + _SUFFIX
+    raise ValueError(f"all names like {stem}{pattern.format(1)}{_SUFFIX} are taken")
+
+
+def parent_hint(parent: str, child_folder: str) -> str:
+    """How a child in ``child_folder`` names the parent whose path is ``parent``.
+
+    The plain name in the same folder; a relative path where parent and child stand in one folder or in
+    folders side by side, so that both can be moved together; else an absolute one.
+    """
+    folder, name = os.path.split(os.path.realpath(parent))
+    here = os.path.realpath(child_folder or os.curdir)
+    if folder == here:
+        return name
+    above = os.path.commonpath((folder, here))
+    if above != "/" and above in (folder, here, os.path.dirname(here)):
+        return os.path.join(os.path.relpath(folder, here), name)
+    return os.path.join(folder, name)
+
+
+def merging_name(parent: str, cid: int) -> str:
+    """What ``parent`` is called while the child with the content ID ``cid`` is merged into it."""
+    stem = parent[: -len(_SUFFIX)] if parent.lower().endswith(_SUFFIX) else parent
+    return f"{stem}.merging-{cid:08x}{_SUFFIX}"
+
+
+def final_name(name: str) -> str | None:
+    """The name that a link will have again after the merge, None if none is under way into it."""
+    return _MERGING.sub("", name) if _MERGING.search(name) else None

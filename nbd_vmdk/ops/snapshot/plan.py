@@ -1,0 +1,188 @@
+"""What a merge would do, and how far an earlier attempt at it came: all that is known before it begins."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from nbd_vmdk.chain import parent_candidates
+from nbd_vmdk.errors import ChainError, ContentIdMismatch, ParentNotFound, VmdkError, WriteRefused
+from nbd_vmdk.link import Link
+from nbd_vmdk.ondisk import hosted
+from nbd_vmdk.ondisk.descriptor import is_absolute
+from nbd_vmdk.ops.snapshot import files
+from nbd_vmdk.ops.snapshot.merge import Amount, amount
+from nbd_vmdk.ops.snapshot.names import final_name, merging_name
+from nbd_vmdk.ops.snapshot.records import records_in
+from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of, link_file, parent_of
+from nbd_vmdk.options import OpenOptions
+
+
+class Stage(Enum):
+    """How far an earlier attempt came."""
+
+    NEW = "new"  #: nothing has been changed
+    NAMED = "named"  #: the parent has its other name, the child does not know it yet
+    MERGING = "merging"  #: the child names the parent by its other name
+    MERGED = "merged"  #: all is in the parent; what is left is to remove the child
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a commit does.
+
+    parent         the link that is written to, by the name it has now; ``name`` is the one it will have
+    amount         bytes to move
+    grandchildren  links that will have the parent instead of the child
+    breaks         other children of the parent, which become invalid
+    removes        files that go away
+    users          machines that have the child as their disk
+    snapshots      names of snapshots that froze the parent, whose state goes away
+    room           bytes that are free where the parent is
+    begun          something has been changed
+    """
+
+    child: LinkFile
+    parent: LinkFile
+    name: str
+    stage: Stage
+    amount: Amount = field(default_factory=Amount)
+    grandchildren: list[LinkFile] = field(default_factory=list)
+    breaks: list[LinkFile] = field(default_factory=list)
+    removes: list[str] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+    snapshots: list[str] = field(default_factory=list)
+    room: int = 0
+    begun: bool = False
+
+    @property
+    def result(self) -> str:
+        """The path of the parent when all is done."""
+        return os.path.normpath(self.parent.folder.label(self.name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "child": self.child.label,
+            "parent": self.result,
+            "stage": self.stage.value,
+            "bytes": self.amount.as_dict(),
+            "free": self.room,
+            "grandchildren": [link.label for link in self.grandchildren],
+            "breaks": [link.label for link in self.breaks],
+            "removes": self.removes,
+            "users": self.users,
+            "snapshots": self.snapshots,
+        }
+
+
+def make_plan(place: files.Place, *, keep: bool) -> Plan:
+    """Find the parent of the place's link, and who else is concerned.
+
+    Raises WriteRefused, ContentIdMismatch, and what opening the chain raises if there is no parent.
+    """
+    child = place.link
+    plan = _find(child, place.options)
+    links = place.links(plan.parent)
+    if not keep:
+        plan.grandchildren = [link for link in children_of(child, links) if link.expects(child)]
+    if plan.stage is Stage.NEW:
+        plan.breaks = [
+            link
+            for link in children_of(plan.parent, links)
+            if link.identity != child.identity and link.expects(plan.parent)
+        ]
+    elif plan.stage is Stage.MERGED and not keep:
+        plan.removes = files.existing_files(child, links)
+    _check_names(plan)
+    records = records_in(place.folders)
+    plan.users = records.current.get(child.identity, [])
+    plan.snapshots = [named.name for named in records.snapshots.get(plan.parent.identity, ())]
+    return plan
+
+
+def _check_names(plan: Plan) -> None:
+    """The parent is renamed for a while, which is no good where its name is only a link to it."""
+    parent = plan.parent
+    if os.path.realpath(parent.path) != os.path.join(os.path.realpath(parent.folder.name), parent.name):
+        raise WriteRefused(
+            parent.label,
+            why=f"{plan.child.label} names it by a symbolic link",
+            hint=f"snapshot rebase --relink {plan.child.label} --parent {os.path.realpath(parent.path)}",
+        )
+    if is_absolute(plan.name):
+        raise WriteRefused(parent.label, why="its name would be taken for a path of Windows")
+
+
+def _find(child: LinkFile, options: OpenOptions) -> Plan:
+    """The parent, and how far an earlier attempt came."""
+    descriptor = child.descriptor
+    hint = descriptor.parent_hint
+    if not descriptor.has_parent or hint is None:
+        raise WriteRefused(child.label, why="it has no parent that it could be merged into")
+    parent = parent_of(child)
+    if parent is not None and child.expects(parent):
+        final = final_name(parent.name)
+        if final is not None:
+            return Plan(child, parent, final, Stage.MERGING)
+        return Plan(child, parent, parent.name, Stage.NEW)
+    begun = _find_begun(child, parent, hint)
+    if begun is not None:
+        return begun
+    if parent is None:
+        with ExitStack() as held:
+            # Opening the chain knows best what is wrong: not found, or not allowed.
+            files.open_for_reading(held, child, options)
+        raise ParentNotFound(child.label, parent=hint, cid=f"{descriptor.parent_cid:08x}")
+    raise ContentIdMismatch(
+        child.label,
+        parent=parent.label,
+        expected=f"{descriptor.parent_cid:08x}",
+        found="none" if parent.cid is None else f"{parent.cid:08x}",
+        hint=f"{parent.label} was changed after this child was made, so merging would mix two disks",
+    )
+
+
+def _find_begun(child: LinkFile, parent: LinkFile | None, hint: str) -> Plan | None:
+    """A merge that stopped where the child is refused; None if there is none."""
+    for candidate, _is_guess in parent_candidates(hint):
+        folder, name = os.path.split(candidate)
+        if child.cid is not None:
+            # The child does not know yet: its own content ID in the other name tells that it is meant.
+            other = _look(child, os.path.join(folder, merging_name(name, child.cid)))
+            if other is not None and (parent is None or parent.identity == other.identity):
+                return Plan(child, other, name, Stage.NAMED)
+        final = final_name(name)
+        if parent is None and final is not None:
+            # Or it knows nothing else any more: all is done but removing it.
+            other = _look(child, os.path.join(folder, final))
+            if other is not None and child.expects(other):
+                return Plan(child, other, final, Stage.MERGED)
+    return None
+
+
+def _look(link: LinkFile, name: str) -> LinkFile | None:
+    try:
+        return link_file(link.folder, name)
+    except VmdkError:
+        return None
+
+
+def measure(plan: Plan, child: Link, parent: Link) -> None:
+    """Check that the child fits, and count what is to be moved; raises ChainError and WriteRefused."""
+    if child.size != parent.size:
+        raise ChainError(
+            child.name,
+            why=f"it has {child.size} bytes and its parent {parent.size}",
+            hint="resize one of them first",
+        )
+    if not parent.writable:
+        raise WriteRefused(parent.name, why=files.why_read_only(parent))
+    assert parent.descriptor is not None
+    embedded = parent.storages[0].read(0, 4) == hosted.MAGIC
+    if embedded and len([line for line in parent.descriptor.extents if line.sectors]) > 1:
+        raise WriteRefused(parent.name, why="its descriptor is inside one of several extents")
+    plan.amount = amount(child, parent)
+    room = os.statvfs(plan.parent.folder.name)
+    plan.room = room.f_bavail * room.f_frsize
