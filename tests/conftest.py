@@ -6,8 +6,14 @@ import os
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from tests.corpus import Entry, unpack
+
+# How long an example takes says nothing on a machine that is shared.  What runs before every change lands is
+# to be the same for everybody; who runs the tests by hand looks at other examples each time.
+settings.register_profile("project", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

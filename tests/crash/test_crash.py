@@ -19,7 +19,7 @@ ENOUGH = 700
 HARD = ("child v2", "child v2 without tables, split", "sparse v2")
 HARD_COWD = ("COWD child", "COWD")
 #: States within which every mutant must be found out.
-BOUND = 4000
+BOUND = 8000
 
 
 @pytest.fixture(autouse=True)
