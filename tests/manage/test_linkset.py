@@ -1,0 +1,359 @@
+"""
+Renaming, moving, cloning and deleting: names inside and outside, children, refusals, being stopped anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbd_vmdk import open_disk
+from nbd_vmdk.cli import main
+from nbd_vmdk.errors import (
+    FileExists,
+    FileMissing,
+    InUse,
+    OptionError,
+    StorageError,
+    VmdkError,
+    WriteRefused,
+)
+from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.ondisk.descriptor import Descriptor
+from nbd_vmdk.ops.linkset.clone import clone
+from nbd_vmdk.ops.linkset.delete import delete
+from nbd_vmdk.ops.linkset.rename import rename
+from nbd_vmdk.ops.snapshot import namefile
+from nbd_vmdk.storage.localfolder import LocalFolder
+from nbd_vmdk.units import MIB
+from tests.manage import KINDS, faults, make
+from tests.snapshot import (
+    BASE,
+    MIDDLE,
+    TOP,
+    by_qemu,
+    killed_at,
+    make_chain,
+    make_child,
+    names_in,
+    needs_qemu,
+    scribble,
+    shows,
+    shows_or_refused,
+    steps_told,
+)
+
+SIZE = 2 * MIB
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder in another file system, if there is one."""
+    with tempfile.TemporaryDirectory(prefix="nbd-vmdk-", dir="/var/tmp") as folder:
+        if os.stat(folder).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is no other file system here")
+        yield Path(folder)
+
+
+def described(path: Path) -> Descriptor:
+    found = read_descriptor(*LocalFolder.for_image(path))
+    assert found is not None
+    return found
+
+
+def extent_names(path: Path) -> list[str | None]:
+    return [line.name for line in described(path).extents]
+
+
+# Renaming
+
+
+@needs_qemu
+@pytest.mark.parametrize("kind", KINDS)
+def test_renaming(tmp_path: Path, kind: str) -> None:
+    path = make(tmp_path, kind, SIZE)
+    scribble(path, 1)
+    before, names = shows(path), names_in(tmp_path)
+    new = tmp_path / "better-000003.vmdk"
+    told = rename(path, new, dry_run=True)
+    assert names_in(tmp_path) == names
+    assert rename(path, new).files == told.files
+    assert names_in(tmp_path) == {name.replace("disk", "better-000003", 1) for name in names}
+    assert {*extent_names(new), new.name} == names_in(tmp_path)
+    assert shows(new) == by_qemu(new) == before
+    assert faults(new) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_moving_a_link_of_a_chain(tmp_path: Path, kind: str, number: int) -> None:
+    if kind == "vmfsSparse" and number == 0:
+        kind = "vmfs"
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    links = make_chain(here, kind)
+    before = [shows(path) for path in links]
+    done = rename(links[number], there)
+    links[number] = there / links[number].name
+    assert len(done.children) == (number < 2)
+    assert len(done.hints) == (number > 0) + (number < 2)
+    allowed = {"allow_dirs": (here, there)}
+    assert [shows(path, **allowed) for path in links] == before
+    assert not any(str(here) in (described(path).parent_hint or "") for path in links)
+    # And back, under another name.
+    rename(links[number], here / "other.vmdk", **allowed)
+    links[number] = here / "other.vmdk"
+    assert [shows(path) for path in links] == before
+    assert names_in(there) == set()
+    assert faults(links[2]) == []
+
+
+def test_to_another_file_system(tmp_path: Path, elsewhere: Path) -> None:
+    links = make_chain(tmp_path, "twoGbMaxExtentSparse")
+    before = [shows(path) for path in links]
+    names = {name for name in names_in(tmp_path) if name.startswith(("disk.", "disk-s"))}
+    done = rename(links[0], elsewhere)
+    assert done.copied > 0
+    assert names_in(elsewhere) == names
+    assert not names & names_in(tmp_path)
+    links[0] = elsewhere / BASE
+    assert [shows(path, allow_dirs=(elsewhere,)) for path in links] == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "far"),
+    [
+        ("monolithicSparse", 1, False),
+        ("twoGbMaxExtentSparse", 0, False),
+        ("twoGbMaxExtentSparse", 1, False),
+        ("monolithicSparse", 0, True),
+        ("vmfs", 0, True),
+    ],
+)
+def test_killed_while_renaming(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str, number: int, far: bool
+) -> None:
+    made, work = tmp_path / "made", tmp_path / "work"
+    made.mkdir()
+    before = [shows(path) for path in make_chain(made, kind)]
+    there = request.getfixturevalue("elsewhere") if far else tmp_path / "there"
+    step = 0
+    while True:
+        shutil.copytree(made, work)
+        shutil.rmtree(there, ignore_errors=True)
+        there.mkdir()
+        allowed = {"allow_dirs": (work, there)}
+        links = [work / BASE, work / MIDDLE, work / TOP]
+        old, new = links[number], there / "new.vmdk"
+        ended = not killed_at(step, lambda old=old, new=new, allowed=allowed: rename(old, new, **allowed))  # type: ignore[misc]
+        found = [shows_or_refused(path, **allowed) for path in (old, new) if path.exists()]
+        assert before[number] in found
+        assert set(found) <= {None, before[number]}
+        assert shows(links[2], **allowed) == before[2]
+        try:
+            rename(old, new, **allowed)
+        except FileMissing:
+            assert not old.exists()
+        links[number] = new
+        assert [shows(path, **allowed) for path in links] == before
+        for folder in (work, there):
+            visible = {name for name in names_in(folder) if not name.startswith(".")}
+            named = {str(name) for path in links if path.parent == folder for name in extent_names(path)}
+            assert visible == named | {path.name for path in links if path.parent == folder}
+        shutil.rmtree(work)
+        if ended:
+            break
+        step += 1
+    assert step > 3
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(95, os.strerror(95))
+
+    for kind in ("monolithicSparse", "twoGbMaxExtentSparse"):
+        path = make(tmp_path, kind, SIZE)
+        scribble(path, 1)
+        before = shows(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(namefile.os, "link", refused)
+            rename(path, tmp_path / "new.vmdk")
+        assert shows(tmp_path / "new.vmdk") == before
+        assert not any(name.startswith("disk") for name in names_in(tmp_path))
+        delete(tmp_path / "new.vmdk")
+
+
+def test_what_is_not_renamed(tmp_path: Path) -> None:
+    path = make(tmp_path, "twoGbMaxExtentSparse", SIZE)
+    (tmp_path / "new-s002.vmdk").write_bytes(b"important")
+    before = names_in(tmp_path)
+    for wanted, error in (
+        ("new.vmdk", FileExists),
+        ("new.img", OptionError),
+        ("disk.vmdk", OptionError),
+        ("no/new.vmdk", FileMissing),
+        ('n"w.vmdk', WriteRefused),
+    ):
+        with pytest.raises(error):
+            rename(path, tmp_path / wanted)
+    with open_disk(path, writable=True), pytest.raises(InUse):
+        rename(path, tmp_path / "other.vmdk")
+    child = make_child(path)
+    with open_disk(child, writable=True), pytest.raises(InUse):
+        rename(path, tmp_path / "other.vmdk")
+    with pytest.raises(FileMissing):
+        rename(tmp_path / "none.vmdk", tmp_path / "disk.vmdk")
+    delete(child)
+    assert names_in(tmp_path) == before
+    assert shows(path) == bytes(SIZE)
+
+
+def test_files_outside_are_not_touched(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    path = make(inside, "monolithicFlat", SIZE)
+    (inside / "disk-flat.vmdk").rename(outside / "disk-flat.vmdk")
+    path.write_text(path.read_text().replace('"disk-flat', '"../out/disk-flat'))
+    for action in (delete, lambda path, **options: rename(path, tmp_path / "x.vmdk", **options)):
+        for allowed in ((), (outside,)):
+            with pytest.raises(VmdkError):
+                action(path, allow_dirs=allowed)
+    assert names_in(outside) == {"disk-flat.vmdk"}
+    assert names_in(inside) == {"disk.vmdk"}
+
+
+# Cloning
+
+
+@needs_qemu
+@pytest.mark.parametrize("kind", [*KINDS, "streamOptimized"])
+def test_cloning_a_chain(tmp_path: Path, kind: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    kind = "vmfs" if kind == "vmfsSparse" else kind
+    if kind == "streamOptimized":
+        from nbd_vmdk.conversion import convert
+
+        convert(make_chain(tmp_path)[2], here / BASE, kind=kind)
+        links = [here / BASE, make_child(here / BASE)]
+    else:
+        links = make_chain(here, kind)
+    before = [shows(path) for path in links]
+    for target, top in ((there, there / links[-1].name), (here / "copy.vmdk", here / "copy.vmdk")):
+        assert clone(links[-1], target, dry_run=True).image == str(top)
+        assert not top.exists()
+        clone(links[-1], target)
+        assert shows(top) == before[-1]
+        assert faults(top) == []
+        if kind != "vmfs":
+            assert by_qemu(top) == before[-1]
+    assert names_in(there) <= names_in(here)
+    with open_disk(here / "copy.vmdk") as disk:
+        copies = [Path(link.name) for link in disk.links]
+    assert not {path.name for path in copies} & {path.name for path in links}
+    uuid = described(links[0]).get("ddb.uuid")
+    assert uuid != described(copies[-1]).get("ddb.uuid") or uuid is None
+    scribble(copies[0], 9)
+    assert [shows(path) for path in links] == before
+
+
+def test_clones_are_whole_or_not_there(tmp_path: Path) -> None:
+    make_chain(tmp_path, "twoGbMaxExtentFlat")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExists):
+        clone(tmp_path / TOP, tmp_path)
+    with open_disk(tmp_path / TOP, writable=True), pytest.raises(InUse):
+        clone(tmp_path / TOP, tmp_path / "copy.vmdk")
+    for limit in range(0, 30, 5):
+        left = limit
+
+        def full(name: str) -> None:
+            nonlocal left
+            left -= name in ("pwrite", "ftruncate", "fsync")
+            if left < 0 and name != "unlink":
+                raise OSError(28, os.strerror(28))
+
+        with steps_told(full), pytest.raises((StorageError, OSError)):
+            clone(tmp_path / TOP, tmp_path / "copy.vmdk")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Deleting
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deleting(tmp_path: Path, kind: str) -> None:
+    path = make(tmp_path, kind, SIZE)
+    (tmp_path / "disk-other.vmdk").write_bytes(b"important")
+    told = delete(path, dry_run=True)
+    assert len(names_in(tmp_path)) == len(told.removes) + 1
+    assert delete(path).removes == told.removes
+    assert names_in(tmp_path) == {"disk-other.vmdk"}
+
+
+def test_deleting_what_others_stand_on(tmp_path: Path) -> None:
+    make_chain(tmp_path)
+    for link in (BASE, MIDDLE):
+        with pytest.raises(WriteRefused, match="stand on it"):
+            delete(tmp_path / link)
+    with open_disk(tmp_path / TOP, writable=True), pytest.raises(InUse):
+        delete(tmp_path / TOP)
+    before = shows(tmp_path / MIDDLE)
+    delete(tmp_path / TOP)
+    assert shows(tmp_path / MIDDLE) == before
+    make_child(tmp_path / MIDDLE)
+    make_child(tmp_path / BASE, tmp_path / "another.vmdk")
+    found = delete(tmp_path / BASE, with_children=True)
+    assert found.links[-1] == str(tmp_path / BASE)
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_while_deleting(tmp_path: Path, kind: str) -> None:
+    step = 0
+    while True:
+        path = make(tmp_path, kind, SIZE)
+        scribble(path, 1)
+        expected = shows(path)
+        ended = not killed_at(step, lambda path=path: delete(path))  # type: ignore[misc]
+        if path.exists():
+            assert shows(path) == expected  # a descriptor names nothing that is gone
+        if names_in(tmp_path):
+            delete(path)
+        assert names_in(tmp_path) == set()
+        if ended:
+            break
+        step += 1
+    assert step > 0
+
+
+# Commands
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chain(tmp_path)
+    (tmp_path / "vm.vmx").write_text(f'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "{TOP}"\n')
+    expected = shows(tmp_path / TOP)
+    assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk"), "--dry-run"]) == 0
+    assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk")]) == 0
+    said = capsys.readouterr()
+    assert "vm.vmx scsi0:0" in said.err
+    assert main(["clone", str(tmp_path / "new.vmdk"), str(tmp_path / "copy.vmdk"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["files"]) == 3
+    assert shows(tmp_path / "copy.vmdk") == shows(tmp_path / "new.vmdk") == expected
+    assert main(["clone", str(tmp_path / "copy.vmdk"), str(tmp_path / "linked.vmdk"), "--linked"]) == 0
+    assert shows(tmp_path / "linked.vmdk") == expected
+    assert main(["delete", str(tmp_path / "copy.vmdk")]) == 1
+    assert main(["delete", str(tmp_path / "copy.vmdk"), "--with-children", "--json"]) == 0
+    assert not (tmp_path / "linked.vmdk").exists()
+    assert shows(tmp_path / "new.vmdk") == expected
