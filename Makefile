@@ -21,7 +21,7 @@ export IMAGE
 # One thing after the other: there are two cores, and the tests say the last word.
 .NOTPARALLEL:
 
-.PHONY: help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench clean
+.PHONY: help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench wheel man deb deb-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,8 +49,8 @@ lint: .venv/.ready ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fuzz-short: .venv/.ready ## a minute of fuzzing
-	$(BIN)/python tests/fuzz/fuzz.py --seconds 60
+fuzz-short: .venv/.ready ## a minute of fuzzing, from the same start each time
+	$(BIN)/python tests/fuzz/fuzz.py --seconds 60 --seed 1
 
 fuzz: .venv/.ready ## fuzzing for hours: FUZZ_SECONDS=14400
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
@@ -72,6 +72,21 @@ bench: .venv/.bench ## measure against qemu-nbd: an hour; QUICK=1: three minutes
 
 .venv/.bench: scripts/bench-setup pyproject.toml | .venv/.ready
 	@scripts/bench-setup
+
+wheel: .venv/.ready ## dist/nbd_vmdk-VERSION-py3-none-any.whl, for pipx and pip
+	@rm -f dist/nbd_vmdk-*.whl
+	@$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	@ls dist/nbd_vmdk-*.whl
+
+man: .venv/.ready ## the manual pages, in build/man: man -l build/man/nbd-vmdk.1
+	@$(BIN)/python scripts/manual.py build/man
+	@echo build/man
+
+deb: ## dist/nbd-vmdk_VERSION_all.deb, for Debian 12 and newer
+	@scripts/deb
+
+deb-check: ## the same, installed and tried in a fresh Debian 12; as root
+	@scripts/deb --check
 
 clean: ## remove all that make has made here
 	rm -rf .venv .demo .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -152,8 +152,15 @@ def _numpy() -> Check:
 def _codec(name: str, what: str) -> Check:
     version = _version_of(name)
     if version is None:
-        return Check(name, False, False, f"not installed; zlib takes its place: {what}", f"{_PIP} {name}")
+        mend = None if _is_the_systems() else f"{_PIP} {name}"
+        return Check(name, False, False, f"not installed; zlib takes its place: {what}", mend)
     return Check(name, True, False, f"{version}, {what}")
+
+
+def _is_the_systems() -> bool:
+    """Whether we run in the Python of a distribution, where pip is not to install anything (PEP 668)."""
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    return sys.prefix == sys.base_prefix and os.path.exists(marker)
 
 
 def _libnbd() -> Check:
