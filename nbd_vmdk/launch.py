@@ -12,6 +12,16 @@ from nbd_vmdk.errors import ServerError
 # made before its ID is known.
 _LAUNCH = 'LISTEN_PID=$$ exec "$@" 3<&0 </dev/null'
 
+#: What misleads the Python in nbdkit, and what a service manager says to us alone.
+_NOT_PASSED = (
+    "PYTHONHOME",
+    "VIRTUAL_ENV",
+    "LISTEN_FDNAMES",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+)
+
 
 def find_nbdkit() -> str:
     """The nbdkit to run: the one that ``NBDKIT`` names, or the one on PATH.  ServerError if there is none."""
@@ -29,9 +39,7 @@ def nbdkit_environment(nbdkit: str) -> dict[str, str]:
     the folder nbdkit is installed in is the likeliest to be the one it was built with; that of a virtual
     environment or of a version manager is not.
     """
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "VIRTUAL_ENV")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED}
     environment["PATH"] = os.path.dirname(nbdkit) + os.pathsep + environment.get("PATH", os.defpath)
     environment["NBD_VMDK_SITE"] = sysconfig.get_path("purelib")
     return environment

@@ -1,15 +1,15 @@
-"""The callbacks of the nbdkit plugin: glue between NBD requests and a Disk.
+"""The callbacks of the nbdkit plugin: glue between NBD requests and disks.
 
 ``plugin.py`` at the top of a checkout hands them to nbdkit.  A request costs one dict lookup (see
 threadstates.py) and one call of the engine; here is also the only place where the engine's errors become
-errno values and log lines.  Parameters are the names of :class:`~nbd_vmdk.options.OpenOptions`, with dashes.
+errno values and log lines.  Parameters are the names of :class:`~nbd_vmdk.options.OpenOptions`, with dashes;
+``file`` may be repeated, and be whatever ``nbd-vmdk serve`` takes.
 """
 
 import builtins
 import errno
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -21,10 +21,14 @@ import nbdkit
 
 from nbd_vmdk import __version__, ending
 from nbd_vmdk.codec import INFLATE_LIBRARY
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
+from nbd_vmdk.errorlog import ErrorLog
 from nbd_vmdk.errors import OptionError, VmdkError, printable
+from nbd_vmdk.exports import Exports, describe, open_exports
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.heap import keep_freed_memory
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.stats import CountedDisk, Stats
 from nbd_vmdk.threadstates import KeptStates
 from nbd_vmdk.units import MIB, parse_size
 
@@ -68,9 +72,10 @@ API_VERSION = 2
 _MAX_REQUEST = 32 * MIB
 #: Runs told in one answer about block status; the client asks again for the rest.
 _MAX_RUNS = 16384
-#: Errors of requests that are logged in full in each period of so many seconds.
-_LOGGED, _PERIOD = 10, 10.0
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+#: Exports that an error lists.
+_LISTED = 20
 
 #: nbdkit's options of one letter that take a value.
 _VALUED = frozenset("DegipPtuU")
@@ -80,26 +85,42 @@ R = TypeVar("R")
 
 
 class Plugin:
-    """All that is global: what was configured, and the disk that is served."""
+    """All that is global: what was configured, and the disks that are served."""
 
     def __init__(self) -> None:
-        self.file: str | None = None
+        self.files: list[str] = []
+        self.snapshot: str | None = None
+        self.skip_broken = False
         self.read_only = _nbdkit_is_read_only()
         self.options: dict[str, Any] = {}
         self.allow_dirs: list[str] = []
-        self.disk: Disk | None = None
+        self.overlays: list[str] = []
+        self.scratch = False
+        self.stats_path: str | None = None
+        self.stats: Stats | None = None
+        self.exports: Exports | None = None
 
     def configure(self, key: str, value: str) -> None:
         """Take a parameter.  Paths are made absolute now: nbdkit in the background runs in ``/``."""
         name = key.replace("-", "_")
         if name == "file":
-            self.file = os.path.abspath(value)
+            self.files.append(os.path.abspath(value))
         elif name == "read_only":
             self.read_only = self.read_only or _boolean(key, value)
+        elif name == "snapshot":
+            self.snapshot = value
+        elif name == "skip_broken":
+            self.skip_broken = _boolean(key, value)
         elif name == "allow_dir":
             self.allow_dirs.append(os.path.abspath(value))
         elif name == "parent":
             self.options[name] = os.path.abspath(value)
+        elif name == "overlay":
+            self.overlays.append(value and os.path.abspath(value))
+        elif name == "scratch":
+            self.scratch = _boolean(key, value)
+        elif name == "stats":
+            self.stats_path = os.path.abspath(value)
         elif name == "cache_size":
             try:
                 self.options[name] = parse_size(value)
@@ -111,30 +132,36 @@ class Plugin:
             raise OptionError(None, why=f"unknown parameter {key}={value}", hint=f"known are {_PARAMETERS}")
 
     def start(self) -> None:
-        """Open the disk and check everything that can be checked before serving."""
-        assert self.file is not None
-        self.disk = open_disk(
-            self.file, writable=not self.read_only, allow_dirs=tuple(self.allow_dirs), **self.options
+        """Open the disks and check everything that can be checked before serving."""
+        options = OpenOptions(writable=not self.read_only, allow_dirs=tuple(self.allow_dirs), **self.options)
+        if self.stats_path is not None:
+            self.stats = Stats(self.stats_path, options.cache_size)
+        self.exports = open_exports(
+            self.files,
+            options,
+            snapshot=self.snapshot,
+            skip_broken=self.skip_broken,
+            overlays=self.overlays,
+            scratch=self.scratch,
+            cache=None if self.stats is None else self.stats.cache,
         )
-        for warning in self.disk.warnings:
+        if self.stats is not None:
+            self.stats.count(self.exports.disks)
+            self.stats.listen()
+        for warning in self.exports.warnings:
             sys.stderr.write(f"warning: {printable(warning)}\n")
         sys.stderr.flush()
-
-    @property
-    def name(self) -> str:
-        """The export's name: its file's."""
-        assert self.file is not None
-        return os.path.basename(self.file)
 
 
 class Handle:
     """A connection: its disk, whether it may write, and its threads' states."""
 
-    __slots__ = ("disk", "pread", "states", "threads", "writable")
+    __slots__ = ("disk", "pread", "pwrite", "states", "threads", "writable")
 
-    def __init__(self, disk: Disk, *, writable: bool) -> None:
+    def __init__(self, disk: Disk | CountedDisk, *, writable: bool) -> None:
         self.disk = disk
         self.pread = disk.read_into
+        self.pwrite = disk.pwrite
         self.writable = writable
         self.states = KeptStates()
         self.threads = self.states.threads
@@ -145,7 +172,12 @@ _PARAMETERS = ", ".join(
     [
         "file",
         "read-only",
+        "snapshot",
+        "skip-broken",
         "parent",
+        "overlay",
+        "scratch",
+        "stats",
         "allow-dir",
         "cache-size",
         *sorted(s.replace("_", "-") for s in _SWITCHES),
@@ -191,35 +223,6 @@ def _nbdkit_is_read_only() -> bool:
 # Errors.
 
 
-class _ErrorLog:
-    """Gives the text that nbdkit prints for an exception: one or two clean lines for errors of ours.
-
-    nbdkit's Python plugin prints a traceback for every exception.  For a VmdkError there is nothing in it
-    that a user needs; for a bug there is, and it is kept.  nbdkit prints something for each failed request,
-    so many in a short time are cut down to their slug.
-    """
-
-    def __init__(self) -> None:
-        self._original = traceback.format_exception
-        self._period_ends = 0.0
-        self._count = 0
-
-    def install(self) -> None:
-        traceback.format_exception = self._format  # nbdkit calls it by name
-
-    def _format(self, *args: Any, **kwargs: Any) -> list[str]:
-        error = args[1] if len(args) > 1 else args[0]
-        if not isinstance(error, VmdkError):
-            return self._original(*args, **kwargs)
-        now = time.monotonic()
-        if now > self._period_ends:
-            self._period_ends, self._count = now + _PERIOD, 0
-        self._count += 1
-        if self._count > _LOGGED:
-            return [f"error: {error.slug} (more of these are not shown in full)"]
-        return [f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else "")]
-
-
 def _fail(error: VmdkError) -> NoReturn:
     """Tell nbdkit which errno the client gets; the one place where that is decided."""
     nbdkit.set_error(errno.EOPNOTSUPP if error.errno == errno.ENOTSUP else error.errno)
@@ -244,7 +247,7 @@ def _request(function: Callable[Concatenate[Handle, P], R]) -> Callable[Concaten
 # The life of the server.
 
 _plugin = Plugin()
-_ErrorLog().install()
+ErrorLog().install()
 
 
 def dump_plugin() -> None:
@@ -264,7 +267,7 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     """Check that there is something to serve."""
-    if _plugin.file is None:
+    if not _plugin.files:
         raise OptionError(None, why="no image to serve", hint="add file=DISK.vmdk to nbdkit's command line")
 
 
@@ -274,29 +277,36 @@ def thread_model() -> int:
 
 
 def get_ready() -> None:
-    """Open and check the whole image; what is wrong with it stops nbdkit here."""
+    """Open and check all images; what is wrong with one stops nbdkit here."""
+    keep_freed_memory()
     _plugin.start()
 
 
 def after_fork() -> None:
     """Begin to wait for the signal to end; threads must not be started earlier."""
     ending.watch(nbdkit.shutdown)
+    if _plugin.stats is not None:
+        _plugin.stats.answer()
 
 
 def cleanup() -> None:
-    """Close the image cleanly; as nbdkit exits with 0 whatever is raised here, a failure leaves at once."""
-    disk, _plugin.disk = _plugin.disk, None
-    if disk is None:
+    """Close the images cleanly; as nbdkit exits with 0 whatever is raised here, a failure leaves at once."""
+    exports, _plugin.exports = _plugin.exports, None
+    if exports is None:
         return
     closed = False
     try:
-        disk.close()
-        closed = True
-    except VmdkError as error:
-        sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        failed = exports.close()
+        for error in failed:
+            sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        if _plugin.stats is not None:
+            sys.stderr.write(_plugin.stats.line())
+            _plugin.stats.close()
+        sys.stderr.flush()
+        closed = not failed
     finally:
         if not closed:
-            if not isinstance(sys.exc_info()[1], VmdkError | None):
+            if sys.exc_info()[1] is not None:
                 traceback.print_exc()  # a bug
             sys.stderr.flush()
             os._exit(1)
@@ -307,38 +317,41 @@ def cleanup() -> None:
 
 def list_exports(readonly: bool, is_tls: bool) -> Iterable[tuple[str, str]]:  # noqa: ARG001
     """Name what is served."""
-    return [(_plugin.name, _description())]
+    assert _plugin.exports is not None
+    return [(name, describe(disk.links)) for name, disk in _plugin.exports.disks.items()]
 
 
 def default_export(readonly: bool, is_tls: bool) -> str:  # noqa: ARG001
     """Name the export that a client gets who asks for none."""
-    return _plugin.name
-
-
-def _description() -> str:
-    assert _plugin.disk is not None
-    links = len(_plugin.disk.links)
-    chain = f", {links} links" if links > 1 else ""
-    return f"VMware disk, {_plugin.disk.links[0].create_type}{chain}"
+    assert _plugin.exports is not None
+    return _plugin.exports.first
 
 
 def open(readonly: bool) -> Handle:
     """Begin a connection; an unknown export name is refused."""
-    name = nbdkit.export_name()
-    if name not in ("", _plugin.name):
-        raise OptionError(None, why=f"no export {name!r}", hint=f"there is {_plugin.name}")
-    assert _plugin.disk is not None
-    return Handle(_plugin.disk, writable=_plugin.disk.writable and not readonly)
+    exports, name = _plugin.exports, nbdkit.export_name()
+    assert exports is not None
+    disk = exports.get(name)
+    if disk is None:
+        names = list(exports.disks)
+        there = ", ".join(names[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
+        raise OptionError(None, why=f"no export {name!r}", hint=f"there is {there}")
+    writable = disk.writable and not readonly
+    if _plugin.stats is not None:
+        return Handle(_plugin.stats.connected(name or exports.first), writable=writable)
+    return Handle(disk, writable=writable)
 
 
 def close(h: Handle) -> None:
     """End a connection."""
     h.states.give_back()
+    if _plugin.stats is not None:
+        _plugin.stats.disconnected()
 
 
-def export_description(h: Handle) -> str:  # noqa: ARG001
+def export_description(h: Handle) -> str:
     """Tell clients what they got."""
-    return _description()
+    return describe(h.disk.links)
 
 
 def get_size(h: Handle) -> int:
@@ -347,8 +360,9 @@ def get_size(h: Handle) -> int:
 
 
 def block_size(h: Handle) -> tuple[int, int, int]:
-    """Tell (minimum, preferred, maximum): any alignment will do, grains are best."""
-    return 1, h.disk.preferred_block, _MAX_REQUEST
+    """Tell (minimum, preferred, maximum): mostly any alignment will do, and grains are best."""
+    minimum = h.disk.minimum_block if h.writable else 1
+    return minimum, max(h.disk.preferred_block, minimum), _MAX_REQUEST
 
 
 def can_write(h: Handle) -> bool:
@@ -409,10 +423,14 @@ def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:  # noqa:
         _fail(error)
 
 
-@_request
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
-    """Write, durably with FUA."""
-    h.disk.pwrite(buf, offset, fua=bool(flags & nbdkit.FLAG_FUA))
+    """Write, durably with FUA; written out as well."""
+    if get_ident() not in h.threads:
+        h.states.keep()
+    try:
+        h.pwrite(buf, offset, fua=flags != 0 and bool(flags & nbdkit.FLAG_FUA))
+    except VmdkError as error:
+        _fail(error)
 
 
 @_request

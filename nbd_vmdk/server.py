@@ -1,75 +1,161 @@
-"""Serving an image from Python: ``async with serve(path) as server``.
+"""Serving images from Python: ``async with serve(path) as server``.
 
-The image is opened here first, so that what is wrong with it is raised as the error it is; then it is closed,
-which releases its locks, and nbdkit (see supervisor.py) opens it again with the plugin.
+The images are opened here first, so that what is wrong with one is raised as the error it is; then they are
+closed, which releases their locks, and nbdkit (see supervisor.py) opens them again with the plugin.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import fields
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from nbd_vmdk.address import Address
+from nbd_vmdk.asking import SUFFIX
 from nbd_vmdk.errors import OptionError, ServerError
-from nbd_vmdk.listener import listen_private, listen_tcp, listen_unix
+from nbd_vmdk.handshake import Export
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.overlays import Overlays
+from nbd_vmdk.restarts import Restart
 from nbd_vmdk.supervisor import Server, log
+from nbd_vmdk.tls import ServerTls
 
-#: Requests of one connection that nbdkit takes at once.  Hosted sparse image in the page cache, 2 cores, fio:
-#: 4 KiB random reads at depth 16: 155 K/s with 1 or 2 threads, 225 K/s with 4, 215 K/s with 8, 135 K/s with
-#: 16; 1 MiB reads: 7.5, 9.5, 9.3, 7.6 and 6.3 GiB/s.  4 would do for the cache; a disk that waits gains from
-#: each thread more.  nbdkit's own default is 16.
+#: Requests of one connection that nbdkit takes at once; its own default is 16.  2 cores, several runs, 16
+#: against 8: what is cached is read at 0.74 to 1.03 of the rate at depth 16 for 1.1 to 1.3 times the CPU time,
+#: large reads at 0.92, small writes at 0.76 to 1.02; a flush after each 32 writes does 0.84 to 1.9 times as
+#: well, FUA 0.88 to 1.4.  Where each read waits for 0.1 ms, 4 threads make 8.7, 8 make 20.6 and 16 make 45.9
+#: K/s.  With 4 connections it hardly matters, see threadstates.py.  So 8 lose little that is cached, and who
+#: serves a slow disk to clients with many requests in flight does well to ask for more.  See docs/PROFILE.md.
 DEFAULT_THREADS = 8
 
-__all__ = ["Server", "log", "plugin_config", "plugin_path", "serve"]
+__all__ = [
+    "Checked",
+    "Overlays",
+    "Restart",
+    "Server",
+    "ServerTls",
+    "log",
+    "plugin_config",
+    "plugin_path",
+    "serve",
+]
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What opening the images told: warnings, the exports, and the seconds that it took."""
+
+    warnings: tuple[str, ...] = ()
+    exports: tuple[Export, ...] = ()
+    seconds: float = 0.0
 
 
 @asynccontextmanager
 async def serve(
-    path: str | os.PathLike[str],
+    path: Path | Sequence[Path],
     *,
     read_only: bool = False,
-    socket: str | os.PathLike[str] | None = None,
+    snapshot: str | None = None,
+    skip_broken: bool = False,
+    socket: Path | None = None,
+    socket_mode: int | None = None,
+    socket_group: str | int | None = None,
     port: int | None = None,
     bind: str | None = None,
+    vsock: int | None = None,
+    activated: bool = False,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
+    max_connections: int | None = None,
+    scratch: bool = False,
+    scratch_dir: Path | None = None,
+    overlay: Path | None = None,
+    stats: bool = False,
     threads: int | None = None,
-    pidfile: str | os.PathLike[str] | None = None,
+    pidfile: Path | None = None,
+    restart: Restart | None = None,
     **options: Any,
 ) -> AsyncIterator[Server]:
-    """Serve the image at ``path`` over NBD for as long as the block runs.
+    """Serve the disks behind ``path``, or behind several, over NBD for as long as the block runs.
 
-    By default on a private unix socket; ``socket`` names another, ``port`` (0: any) and ``bind`` (default
-    127.0.0.1) ask for TCP instead.  ``threads`` is how many requests of one connection nbdkit takes at once.
-    The other ``options`` are those of :class:`~nbd_vmdk.options.OpenOptions`, without ``writable`` and
-    ``locks``: a server always locks.
+    A path is that of an image, a folder of images, a machine (.vmx), its snapshots (.vmsd) or an appliance
+    (.ovf, .ova).  ``snapshot`` chooses one of a machine's by name or number.  ``server.exports`` tells the
+    name, size and kind of each disk, ``server.uris`` where it is.  With ``skip_broken`` a disk that can't be
+    opened is left out with a warning.
+
+    By default on a private unix socket; ``socket`` names another, with permissions ``socket_mode`` and for
+    ``socket_group``; ``port`` (0: any) and ``bind`` (default 127.0.0.1) ask for TCP instead, ``vsock`` for
+    that port between this machine and its guests.  With ``activated`` the socket that a service manager
+    handed over is used, if there is one.  ``tls`` encrypts, and then refuses who does not; where others can
+    reach the address it must be given, unless ``insecure`` allows to go without.  ``max_connections`` is how
+    many clients may be connected at once.
+
+    ``scratch`` keeps the images as they are and throws away at the end what clients have written, which is
+    in ``scratch_dir`` meanwhile (default: $TMPDIR or /var/tmp); ``overlay`` keeps it, in a child link of that
+    name, which may be there already.  ``stats`` counts: ``server.stats_path`` is the socket to ask, and
+    ``server.stats`` are the last numbers.
+
+    ``threads`` is how many requests of one connection nbdkit takes at once.  ``restart`` says when to start a
+    server again that fails; by default never.  The other ``options`` are those of
+    :class:`~nbd_vmdk.options.OpenOptions`, without ``writable`` and ``locks``: a server always locks.
 
     Raises what :func:`~nbd_vmdk.open_disk` raises, InUse if the address is taken, and ServerError.
     """
     wanted = OpenOptions(writable=not read_only, locks=True, **options)
-    if socket is not None and port is not None:
-        raise OptionError(None, why="a server listens on a socket or on a port, not on both")
-    if bind is not None and port is None:
-        raise OptionError(None, why="an address to bind to needs a port as well")
+    overlays = Overlays(scratch, scratch_dir, overlay)
+    overlays.check(wanted)
+    address = Address(socket, socket_mode, socket_group, port, bind, vsock, activated)
     if threads is not None and threads < 1:
         raise OptionError(None, why="threads must be at least 1")
-    warnings = await asyncio.to_thread(_check, os.fspath(path), wanted)
-    if port is not None:
-        listener = listen_tcp(bind or "127.0.0.1", port)
-    else:
-        listener = listen_private() if socket is None else listen_unix(socket)
-    server = Server(
-        listener,
-        plugin_path(),
-        plugin_config(path, wanted),
-        read_only=read_only,
-        threads=threads or DEFAULT_THREADS,
-        pidfile=pidfile,
-        warnings=warnings,
-    )
-    await server.start()
+    if max_connections is not None and max_connections < 1:
+        raise OptionError(None, why="a server takes at least one connection")
+    paths = [os.fspath(path)] if isinstance(path, str | os.PathLike) else [os.fspath(each) for each in path]
+    warnings = [] if tls is None else tls.check()
+    with ExitStack() as ending:
+        tops, told = await asyncio.to_thread(
+            overlays.make, paths, wanted, ending, snapshot=snapshot, skip_broken=skip_broken
+        )
+        warnings += told
+        checked = await asyncio.to_thread(_check, paths, wanted, snapshot, skip_broken, tops)
+        listener = address.listen(insecure=insecure or tls is not None)
+        config = plugin_config(paths, wanted, snapshot=snapshot, skip_broken=skip_broken)
+        config += [("overlay", top) for top in tops]
+        if scratch:
+            config.append(("scratch", "true"))
+        stats_path = listener.beside(SUFFIX) if stats else None
+        if stats_path is not None:
+            config.append(("stats", stats_path))
+        server = Server(
+            listener,
+            plugin_path(),
+            config,
+            read_only=read_only,
+            threads=threads or DEFAULT_THREADS,
+            pidfile=pidfile,
+            warnings=(*warnings, *checked.warnings),
+            opening=checked.seconds,
+            restart=restart,
+            tls=tls,
+            max_connections=max_connections,
+            known=checked.exports,
+        )
+        server.stats_path = stats_path
+        await server.start()
+        kinds = {export.name: export.kind for export in checked.exports}
+        server.exports = [replace(export, kind=kinds.get(export.name, "")) for export in server.exports]
+        async with _until_stopped(server):
+            yield server
+
+
+@asynccontextmanager
+async def _until_stopped(server: Server) -> AsyncIterator[None]:
+    """Stop the server in the end, and raise the first thing that went wrong."""
     try:
-        yield server
+        yield
     except Exception:
         # The first error is the one to raise; being cancelled is none, and must not hide a failed close.
         try:
@@ -92,28 +178,48 @@ def plugin_path() -> str:
     return link if os.path.islink(link) and os.path.samefile(link, shim) else shim
 
 
-def plugin_config(path: str | os.PathLike[str], options: OpenOptions) -> list[tuple[str, str]]:
-    """The plugin's parameters that open ``path`` with ``options``; only what differs from the default."""
-    config = [("file", os.path.abspath(path))]
+def plugin_config(
+    paths: Sequence[Path], options: OpenOptions, *, snapshot: str | None = None, skip_broken: bool = False
+) -> list[tuple[str, str]]:
+    """The plugin's parameters that open ``paths`` with ``options``; only what differs from the default."""
+    config = [("file", os.path.abspath(path)) for path in paths]
+    if snapshot is not None:
+        config.append(("snapshot", snapshot))
+    if skip_broken:
+        config.append(("skip-broken", "true"))
     default = OpenOptions()
-    for field in fields(OpenOptions):
-        value = getattr(options, field.name)
-        if field.name == "writable" or value == getattr(default, field.name):
+    for option in fields(OpenOptions):
+        value = getattr(options, option.name)
+        if option.name == "writable" or value == getattr(default, option.name):
             continue
-        key = field.name.replace("_", "-")
-        if field.name == "parent":
+        key = option.name.replace("_", "-")
+        if option.name == "parent":
             config.append((key, os.path.abspath(value)))
-        elif field.name == "allow_dirs":
+        elif option.name == "allow_dirs":
             config += [("allow-dir", os.path.abspath(folder)) for folder in value]
         else:
             config.append((key, str(value).lower()))
     return config
 
 
-def _check(path: str, options: OpenOptions) -> tuple[str, ...]:
-    """Open and close the image; its warnings."""
-    from nbd_vmdk.disk import open_disk
+def _check(
+    paths: Sequence[str],
+    options: OpenOptions,
+    snapshot: str | None,
+    skip_broken: bool,
+    overlays: Sequence[str],
+) -> Checked:
+    """Open and close the images."""
+    from nbd_vmdk.exports import describe, open_exports
 
-    chosen: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
-    with open_disk(path, **chosen) as disk:
-        return disk.warnings
+    begin = time.monotonic()
+    exports = open_exports(paths, options, snapshot=snapshot, skip_broken=skip_broken, overlays=overlays)
+    found = []
+    for name, disk in exports.disks.items():
+        # Below an overlay is what tells more than the overlay.
+        top = disk.links[1 if overlays and len(disk.links) > 1 else 0]
+        found.append(Export(name, disk.size, not disk.writable, describe(disk.links), top.create_type))
+    warnings = exports.warnings
+    for error in exports.close():
+        raise error
+    return Checked(warnings, tuple(found), time.monotonic() - begin)

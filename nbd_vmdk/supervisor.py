@@ -16,22 +16,28 @@ kernel ties that to the *thread* that started it; asyncio starts processes on th
 event loop, which is where its owner lives too.  It runs in a session of its own: Ctrl-C on a terminal
 reaches us alone, and we end it in order.
 
-Nothing here restarts a server that died: its clients have lost writes that were not flushed, and hiding that
-from them would be worse than the error.
+A server that died is started again only if the caller asks for that (see restarts.py): its clients have lost
+writes that were not flushed.  They notice, because their connections are gone; the address stays, because
+the listening socket is kept for the next process, and who connects meanwhile waits.
 """
 
 import asyncio
+import json
 import logging
 import os
 import re
 import signal
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
-from nbd_vmdk.errors import ServerError, StorageError
+from nbd_vmdk.errors import ServerError, StorageError, VmdkError
+from nbd_vmdk.events import EventLog, Exited, Failed, GaveUp, Line, Ready, Restarted, Restarting
 from nbd_vmdk.handshake import Export, read_exports
 from nbd_vmdk.launch import find_nbdkit, nbdkit_command, nbdkit_environment
 from nbd_vmdk.listener import Listener
+from nbd_vmdk.restarts import Restart
+from nbd_vmdk.tls import ServerTls
 
 #: Where the server's own words go: errors, warnings and all else it says, one record a line.
 log = logging.getLogger("nbd_vmdk.server")
@@ -46,23 +52,39 @@ STOP_TIMEOUT = 120.0
 #: A line longer than this is logged in pieces.
 _MAX_LINE = 1 << 16
 
+#: What the line with the last numbers of a plugin that counts begins with.
+_STATS = "stats: "
+
+#: Seconds between two looks for a sign of life.
+_POLL = 0.02
+
+#: What a line may begin with, to say what it is.
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "hint": logging.INFO}
+
 #: Lines held back at most.
 _HELD_LINES = 200
 
 # "nbdkit: python[1]: error: ", then "/path/plugin.py: pread: error: ", then what matters
-_PREFIX = re.compile(r"nbdkit: (?:[\w.-]+(?:\[\d+\])?: )?(error|debug): ")
+_PREFIX = re.compile(r"nbdkit: (?:[\w.-]+(?:\[\d+\])?: )?(?:GnuTLS )?(error|debug): ")
 _CALLBACK = re.compile(r": \w+: (?:error: )*")
 
 
 class Server:
-    """One nbdkit process that serves one image on one listener.
+    """One nbdkit process that serves one or more images on one listener.
 
     ``plugin`` is the file that nbdkit loads, ``config`` its parameters, in order.  The server owns
     the listener from here on and removes it at the end, as it does ``pidfile``, which is written when the
     server answers and holds nbdkit's process ID.
 
-    ``warnings`` are what is known already to be odd about the image; if it is given, what nbdkit warns of
-    while it starts is not logged again.
+    ``warnings`` are what is known already to be odd about the images; if it is given, what nbdkit warns of
+    while it starts is not logged again.  ``opening`` is how many seconds opening them is known to take.
+
+    With ``tls`` it talks only to clients that encrypt; ``max_connections`` is how many may be there at once.
+    ``known`` is what it is known to serve, where it can't be asked itself: with TLS, or on vsock.
+
+    ``exports`` tells what is served, once it is: name, size in bytes, kind; and ``uris`` where.  ``events``
+    tells what happens, and with ``restart`` a server that fails is started again.  ``stats`` are its last
+    numbers, once it has ended, if its plugin was told to count, ``stats_path`` is where it is asked before.
     """
 
     def __init__(
@@ -75,12 +97,24 @@ class Server:
         threads: int | None = None,
         pidfile: str | os.PathLike[str] | None = None,
         warnings: Sequence[str] | None = None,
+        opening: float = 0.0,
+        restart: Restart | None = None,
+        tls: ServerTls | None = None,
+        max_connections: int | None = None,
+        known: Sequence[Export] = (),
     ) -> None:
         self.listener = listener
+        listener.tls = tls
         self.exports: list[Export] = []
+        self.stats: dict[str, Any] | None = None
+        self.stats_path: str | None = None
+        self._known = known
+        self._max_connections = max_connections
         self.warnings = tuple(warnings or ())
         self._warned = warnings is not None
         self._config = config
+        # Compressed images are read from end to end; the second time should not take much longer.
+        self._slack = 3 * opening
         self._read_only = read_only
         self._threads = threads
         self._pidfile = None if pidfile is None else os.path.abspath(pidfile)
@@ -90,13 +124,18 @@ class Server:
         self._output: asyncio.Task[None] | None = None
         # What nbdkit says while it starts or ends is held back: it may be the reason of a failure.
         self._held: list[str] = []
+        self.events = EventLog()
+        self._restart = restart
+        self._restarts: list[float] = []
+        self._life: asyncio.Task[None] | None = None
+        self._code = 0
         self._running = False
         self._stopping = False
         self._told = False
 
     @property
     def uri(self) -> str:
-        """The NBD URI of the first export, which is the only one of a single image."""
+        """The NBD URI of the first export, which is the default and the only one of a single image."""
         return self.uris[0]
 
     @property
@@ -105,6 +144,13 @@ class Server:
         if len(self.exports) < 2:
             return [self.listener.uri()]
         return [self.listener.uri(export.name) for export in self.exports]
+
+    @property
+    def local_uris(self) -> list[str]:
+        """As ``uris``, for clients on this machine: with TLS, they say where its files are."""
+        if len(self.exports) < 2:
+            return [self.listener.uri(local=True)]
+        return [self.listener.uri(export.name, local=True) for export in self.exports]
 
     @property
     def pid(self) -> int:
@@ -118,30 +164,25 @@ class Server:
         Raises ServerError with nbdkit's own words if it does not, and then leaves nothing behind.
         """
         try:
-            await self._launch()
-            await self._until_ready()
-            if self._pidfile is not None:
-                _write_pidfile(self._pidfile, self.pid)
-                self._pidfile_written = True
+            await self._begin()
         except BaseException:
             self._stopping = True
-            if self._process is not None:
-                await self._end(self._process, 10)
             self._remove()
+            self.events.close()
             raise
-        self._running = True
-        if self._warned:
-            self._held = [line for line in self._held if not line.startswith("warning: ")]
-        self._say_held()
+        self.events.emit(Ready(self.pid, self.uris))
+        self._life = asyncio.create_task(self._live())
 
     async def wait(self) -> None:
-        """Return when the server has been told to end by somebody else; ServerError if it died."""
-        assert self._process is not None
-        code = await self._process.wait()
-        await self._drain()
-        if code != 0 and not self._stopping:
+        """Return when the server has been told to end by somebody else; ServerError if it died.
+
+        One that is started again when it fails died when it failed too often.
+        """
+        assert self._life is not None
+        await asyncio.wait((self._life,))
+        if self._code != 0 and not self._stopping:
             self._told = True
-            raise ServerError(None, why=f"nbdkit ended unasked: it {_how_ended(code)}")
+            raise ServerError(None, why=f"nbdkit ended unasked: it {_how_ended(self._code)}")
 
     async def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """End the server cleanly: requests in flight are answered, tables written, flags cleared.
@@ -149,9 +190,14 @@ class Server:
         Raises ServerError if that failed, or if it took more than ``timeout`` seconds and nbdkit was killed:
         the image may then not be cleanly closed.  An end that wait() has told of is not told again.
         """
+        self._stopping = True
+        if self._life is not None and not self._running:
+            # It is being started again, or was given up.
+            self._life.cancel()
+            await asyncio.wait((self._life,))
+        self._running = False
         process = self._process
         already = process is None or process.returncode is not None
-        self._stopping = True
         self._running = False
         try:
             if process is None:
@@ -167,6 +213,66 @@ class Server:
             self._say_held()
         finally:
             self._remove()
+            if self._life is not None:
+                await asyncio.wait((self._life,))
+            self.events.close()
+
+    async def _live(self) -> None:
+        """Watch the process until it ends for good, and start it again if that is wanted."""
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            self._code = code
+            await self._drain()
+            self._running = False
+            asked = self._stopping or code == 0
+            self.events.emit(Exited(self.pid, code, _how_ended(code), asked))
+            if asked or self._restart is None or not await self._again(self._restart, code):
+                break
+        if not self._stopping:
+            self.events.close()
+
+    async def _again(self, policy: Restart, code: int) -> bool:
+        """Start nbdkit again, until it answers; False if that is tried in vain too often."""
+        loop = asyncio.get_running_loop()
+        log.error("nbdkit ended unasked: it %s", _how_ended(code))
+        while (delay := policy.after(self._restarts, loop.time())) is not None:
+            self._restarts.append(loop.time())
+            self.events.emit(Restarting(len(self._restarts), delay))
+            await asyncio.sleep(delay)
+            try:
+                await self._begin()
+            except VmdkError as error:
+                log.warning("nbdkit could not be started again: %s", error)
+                self.events.emit(Failed(str(error)))
+            else:
+                log.warning("nbdkit was started again; clients have to connect anew")
+                self.events.emit(Restarted(self.pid))
+                return True
+        self.events.emit(GaveUp())
+        # From here on clients are refused, and need not wait for nobody.
+        self._remove()
+        return False
+
+    async def _begin(self) -> None:
+        """Start nbdkit and wait until it answers; if it does not, no process is left."""
+        self._process = None
+        try:
+            await self._launch()
+            exports = await self._until_ready()
+            if self._pidfile is not None:
+                _write_pidfile(self._pidfile, self.pid)
+                self._pidfile_written = True
+        except BaseException:
+            if self._process is not None:
+                await self._end(self._process, 10)
+            raise
+        # What is known of them besides is not lost by starting again.
+        self.exports = self.exports or exports
+        self._running = True
+        if self._warned:
+            self._held = [line for line in self._held if not line.startswith("warning: ")]
+        self._say_held()
 
     async def _launch(self) -> None:
         nbdkit = find_nbdkit()
@@ -174,6 +280,16 @@ class Server:
         if self._threads is not None:
             options += ["-t", str(self._threads)]
         parameters = [f"{key}={value}" for key, value in self._config]
+        if self.listener.tls is not None:
+            options += self.listener.tls.options()
+        if self._max_connections is not None:
+            options.append("--filter=limit")
+            parameters.append(f"limit={self._max_connections}")
+        if self.listener.vsock is not None:
+            sign = self._sign_of_life()
+            if os.path.exists(sign):
+                os.unlink(sign)  # of an earlier life
+            options += ["-P", sign]
         command = nbdkit_command(nbdkit, options, self._plugin, parameters)
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -187,17 +303,19 @@ class Server:
         except OSError as error:
             raise ServerError(None, why=f"can't start nbdkit: {error.strerror}") from error
         finally:
-            self.listener.release()
+            if self._restart is None:
+                self.listener.release()
         self._output = asyncio.create_task(self._read_output())
 
-    async def _until_ready(self) -> None:
+    async def _until_ready(self) -> list[Export]:
         assert self._process is not None
         asking = asyncio.create_task(self._ask())
         ending = asyncio.create_task(self._process.wait())
         try:
-            await asyncio.wait((asking, ending), timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            patience = START_TIMEOUT + self._slack
+            await asyncio.wait((asking, ending), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if not asking.done() and not ending.done():
-                raise ServerError(None, why=f"nbdkit did not answer within {START_TIMEOUT:g} s")
+                raise ServerError(None, why=f"nbdkit did not answer within {patience:g} s")
             if not ending.done() and isinstance(asking.exception(), (OSError, EOFError)):
                 # A server that ends while it is talked to is better explained by what it says.
                 await asyncio.wait((ending,), timeout=2)
@@ -205,7 +323,7 @@ class Server:
                 await self._drain()
                 raise self._failure(f"nbdkit did not start: it {_how_ended(ending.result())}")
             try:
-                self.exports = asking.result()
+                return asking.result()
             except (OSError, EOFError) as error:
                 raise self._failure(f"nbdkit hung up: {error}") from error
             except ServerError as error:
@@ -215,13 +333,23 @@ class Server:
             ending.cancel()
             await asyncio.gather(asking, ending, return_exceptions=True)
 
+    def _sign_of_life(self) -> str:
+        """The file that nbdkit writes when it is ready, where it can't be asked."""
+        return self.listener.beside(".pid")
+
     async def _ask(self) -> list[Export]:
+        if self.listener.vsock is not None:
+            # A machine can call its guests and be called by them, but seldom itself.
+            while not os.path.exists(self._sign_of_life()):
+                await asyncio.sleep(_POLL)
+            return list(self._known)
         if self.listener.path is not None:
             reader, writer = await asyncio.open_unix_connection(self.listener.path)
         else:
             reader, writer = await asyncio.open_connection(self.listener.host, self.listener.port)
         try:
-            return await read_exports(reader, writer)
+            exports = await read_exports(reader, writer)
+            return list(self._known) if exports is None else exports
         finally:
             writer.close()
 
@@ -244,15 +372,27 @@ class Server:
         line = _clean(raw.decode(errors="surrogateescape"), self._plugin)
         if not line:
             return
+        if line.startswith(_STATS):
+            self.stats = json.loads(line.removeprefix(_STATS))
+            return
         if self._running:
-            _say(line)
+            self._tell(line)
         else:
             self._held = [*self._held[1 - _HELD_LINES :], line]
 
     def _say_held(self) -> None:
         held, self._held = self._held, []
         for line in held:
-            _say(line)
+            self._tell(line)
+
+    def _tell(self, line: str) -> None:
+        """Log a line; its own first word, if it has one, is kept for who shows it."""
+        word, _, text = line.partition(": ")
+        level = _LEVELS.get(word, logging.INFO)
+        if word not in _LEVELS:
+            word, text = "nbdkit", line
+        log.log(level, "%s", text, extra={"word": word})
+        self.events.emit(Line(level, word, text))
 
     def _failure(self, what: str) -> ServerError:
         """The error that nbdkit's last ``error:`` line explains, or else ``what``, with its last line."""
@@ -335,15 +475,6 @@ def _clean(line: str, plugin: str) -> str:
         rest = rest[callback.end() :] if callback else rest
     # The first line of a traceback tells nothing; what does is its last.
     return rest if found[1] == "debug" or rest.startswith("Traceback ") else f"error: {rest}"
-
-
-def _say(line: str) -> None:
-    """Log a line; its own first word, if it has one, is kept for who shows it."""
-    for level, word in ((logging.ERROR, "error"), (logging.WARNING, "warning"), (logging.INFO, "hint")):
-        if line.startswith(f"{word}: "):
-            log.log(level, "%s", line.removeprefix(f"{word}: "), extra={"word": word})
-            return
-    log.info("%s", line, extra={"word": "nbdkit"})
 
 
 def _how_ended(code: int) -> str:

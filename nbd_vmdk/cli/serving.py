@@ -4,65 +4,116 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from nbd_vmdk import server
 from nbd_vmdk.cli import output
+from nbd_vmdk.notify import notify
 from nbd_vmdk.server import Server
 from nbd_vmdk.units import format_size
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOCAL = ("127.", "::1", "localhost")
 
 
-async def serve_until_told(image: str, options: dict[str, Any], *, command: str | None, as_json: bool) -> int:
-    """Serve ``image`` until a signal, the end of ``command`` or that of the server; the exit code."""
+async def serve_until_told(
+    images: Sequence[str], options: dict[str, Any], *, command: str | None, as_json: bool
+) -> int:
+    """Serve ``images`` until a signal, the end of ``command`` or that of the server; the exit code."""
     signals = _Signals()
+    serving: Server | None = None
     try:
-        async with server.serve(image, **options) as serving:
+        async with server.serve(images, activated=True, **options) as serving:
             for warning in serving.warnings:
                 output.log.warning("%s", warning)
             _warn_if_public(serving)
+            notify(READY="1", STATUS=_status(serving))
             if command is not None:
                 return await _run(command, serving, signals)
-            _announce(image, serving, as_json)
+            _announce(images, serving, as_json)
             await serving.wait()
     except asyncio.CancelledError:
         if signals.caught is None:
             raise
         return 128 + signal.SIGINT if signals.caught == signal.SIGINT else 0
+    finally:
+        if serving is not None and serving.stats is not None:
+            _show_stats(serving.stats, as_json)
     return 0
 
 
-def _announce(image: str, serving: Server, as_json: bool) -> None:
-    """Say where the disk is: the only thing that stdout gets."""
+def _status(serving: Server) -> str:
+    """What the service manager shows of us, in a line."""
+    count = len(serving.exports)
+    size = format_size(sum(export.size for export in serving.exports))
+    return f"Serving {count} disk{'s' * (count != 1)} ({size}) on {serving.listener.where}"
+
+
+def _show_stats(told: dict[str, Any], as_json: bool) -> None:
+    """The last numbers: for people on stderr, because stdout may be a command's."""
+    from nbd_vmdk.cli.stats import table
+
+    if as_json:
+        output.json_object({"stats": told})
+    else:
+        for row in table(told):
+            sys.stderr.write(f"{output.priority('note')}{row}\n")
+        sys.stderr.flush()
+
+
+def _announce(images: Sequence[str], serving: Server, as_json: bool) -> None:
+    """Say where the disks are: the only thing that stdout gets.  One disk is its URI alone."""
     if as_json:
         exports = [
-            {"name": export.name, "uri": uri, "size": export.size, "read-only": export.read_only}
+            {
+                "name": export.name,
+                "uri": uri,
+                "size": export.size,
+                "kind": export.kind or None,
+                "description": export.description,
+                "read-only": export.read_only,
+            }
             for export, uri in zip(serving.exports, serving.uris, strict=True)
         ]
         output.json_object({"exports": exports, "pid": serving.pid, "warnings": list(serving.warnings)})
     else:
-        for uri in serving.uris:
-            output.line(uri)
+        if len(serving.exports) == 1:
+            output.line(serving.uri)
+        else:
+            _show_table(serving)
         sys.stdout.flush()
     if sys.stderr.isatty():
-        export = serving.exports[0]
-        mode = "read-only" if export.read_only else "read-write"
-        output.message("note", f"serving {image} ({format_size(export.size)}, {mode}); Ctrl-C ends it")
+        size = format_size(sum(export.size for export in serving.exports))
+        modes = {"read-only" if export.read_only else "read-write" for export in serving.exports}
+        mode = " and ".join(sorted(modes))
+        output.message("note", f"serving {', '.join(images)} ({size}, {mode}); Ctrl-C ends it")
+
+
+def _show_table(serving: Server) -> None:
+    """A row for each disk: aligned with blanks, the URI last, so that it is easy to cut and to grep."""
+    rows = [("NAME", "SIZE", "KIND", "MODE", "URI")]
+    for export, uri in zip(serving.exports, serving.uris, strict=True):
+        mode = "ro" if export.read_only else "rw"
+        rows.append((output.clean(export.name), format_size(export.size), export.kind or "-", mode, uri))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        output.line("  ".join(cells).rstrip())
 
 
 def _warn_if_public(serving: Server) -> None:
     listener = serving.listener
-    if listener.path is None and not listener.host.startswith(_LOCAL):
+    if listener.public and listener.tls is None:
         verb = "read" if all(export.read_only for export in serving.exports) else "read and write"
-        text = f"anyone who can reach {listener.host} port {listener.port} can {verb} this disk"
+        what = "this disk" if len(serving.exports) == 1 else "these disks"
+        text = f"anyone who can reach {listener.where} can {verb} {what}"
         output.log.warning("%s", text)
 
 
 async def _run(command: str, serving: Server, signals: "_Signals") -> int:
     """Run the user's command beside the server; its exit code, as a shell would give it."""
-    environment = os.environ | serving.listener.environment()
+    uris = {"uri": serving.local_uris[0], "uris": " ".join(serving.local_uris)}
+    environment = os.environ | serving.listener.environment() | uris
     child = await asyncio.create_subprocess_shell(command, env=environment)
     signals.child = child
     try:
@@ -93,6 +144,7 @@ class _Signals:
                     pass
         elif self.caught is None:
             self.caught = number
+            notify(STOPPING="1", STATUS="Closing the disks")
             if self._task is not None:
                 self._task.cancel()
         else:

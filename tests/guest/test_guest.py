@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nbd_vmdk.devices import client_command
 from tests.guest import Guest
 
 _SIZE = "128M"
@@ -133,7 +135,17 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
     attach = """
         ip addr add 10.0.2.15/24 dev eth0
         ip link set eth0 up
-        nbd-client 10.0.2.2 {port} /dev/nbd0 -C 4 >/dev/null
+        {client} >/dev/null &
+        client=$!
+        for i in 1 2 3 4 5 6 7 8 9 10; do
+            [ -e /sys/block/nbd0/pid ] && [ "$(cat /sys/block/nbd0/size)" != 0 ] && break
+            sleep 0.3
+        done
+        detach() {{
+            nbd-client -d /dev/nbd0 >/dev/null
+            wait $client  # it stays as long as the device is attached
+            echo "@@ left $(ls /sys/block/nbd0 | grep -c pid) $(cat /sys/block/nbd0/size)"
+        }}
         see_partition() {{
             for i in 1 2 3 4 5 6 7 8 9 10; do
                 [ -b /dev/nbd0p1 ] && return
@@ -144,7 +156,9 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
         """
 
     def script(uri: str, work: str) -> str:
-        return attach.format(port=uri.rpartition(":")[2].strip("/")) + work
+        port = uri.rpartition(":")[2].strip("/")
+        words = client_command("/dev/nbd0", where=("10.0.2.2", port), connections=4)
+        return attach.format(client=shlex.join(words)) + work
 
     with served(image, "--port", "0") as uri:
         told = guest.run(
@@ -158,7 +172,7 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
                 dd if=/dev/urandom of=/mnt/file bs=1M count=16 2>/dev/null
                 echo "@@ sum $(md5sum < /mnt/file)"
                 umount /mnt
-                nbd-client -d /dev/nbd0 >/dev/null
+                detach
                 """,
             ),
             *network,
@@ -177,12 +191,13 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
                 echo "@@ sum $(md5sum < /mnt/file)"
                 fstrim /mnt
                 umount /mnt
-                nbd-client -d /dev/nbd0 >/dev/null
+                detach
                 """,
             ),
             *network,
         )
     assert again["sum"] == told["sum"]
+    assert told["left"] == again["left"] == "0 0"
     raw = flattened(image)
     run("e2fsck", "-fn", f"{raw}?offset={2048 * 512}")
     with served(image, "-r") as uri:

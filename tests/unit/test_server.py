@@ -511,11 +511,13 @@ def test_prefixes_of_nbdkit() -> None:
 
 
 def test_plugin_config_names_what_differs(tmp_path: Path) -> None:
-    assert plugin_config("/d/a.vmdk", OpenOptions(writable=True)) == [("file", "/d/a.vmdk")]
+    assert plugin_config(["/d/a.vmdk"], OpenOptions(writable=True)) == [("file", "/d/a.vmdk")]
+    several = plugin_config(["/a.ova:x", "/b.vmx"], OpenOptions(), snapshot="s", skip_broken=True)
+    assert several[1:] == [("file", "/b.vmx"), ("snapshot", "s"), ("skip-broken", "true")]
     options = OpenOptions(
         parent="/p.vmdk", allow_dirs=("/a", "/b"), allow_devices=True, ignore_cid=True, cache_size=4096
     )
-    assert plugin_config("/d/a.vmdk", options) == [
+    assert plugin_config(["/d/a.vmdk"], options) == [
         ("file", "/d/a.vmdk"),
         ("parent", "/p.vmdk"),
         ("allow-dir", "/a"),
@@ -524,7 +526,7 @@ def test_plugin_config_names_what_differs(tmp_path: Path) -> None:
         ("ignore-cid", "true"),
         ("cache-size", "4096"),
     ]
-    assert plugin_config("x.vmdk", OpenOptions())[0][1] == os.path.abspath("x.vmdk")
+    assert plugin_config(["x.vmdk"], OpenOptions())[0][1] == os.path.abspath("x.vmdk")
 
 
 def test_plugin_path_is_a_file_of_ours() -> None:
@@ -588,11 +590,11 @@ def test_serve_refuses_what_makes_no_sense() -> None:
 def test_serve_checks_first_and_then_serves(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
 
-    def check(path: str, options: OpenOptions) -> tuple[str, ...]:
-        checked.append((path, options.writable, options.ignore_cid))
-        if path == "gone.vmdk":
-            raise FileMissing(path, doing="open", why="no")
-        return ("odd, but harmless",)
+    def check(paths: list[str], options: OpenOptions, *_: object) -> server_module.Checked:
+        checked.append((paths[0], options.writable, options.ignore_cid))
+        if paths == ["gone.vmdk"]:
+            raise FileMissing(paths[0], doing="open", why="no")
+        return server_module.Checked(("odd, but harmless",))
 
     monkeypatch.setattr(server_module, "_check", check)
     monkeypatch.setattr(server_module, "plugin_path", lambda: str(plugin))
