@@ -70,6 +70,8 @@ def checks() -> Iterator[Check]:
     yield _libnbd()
     yield _program("nbdcopy", "libnbd-bin", "copies disks to and from a server")
     yield _program("nbdinfo", "libnbd-bin", "tells what a server offers")
+    yield _program("nbdfuse", "libnbd-bin", "shows a disk as a file, for 'nbd-vmdk mount'")
+    yield _program("nbd-client", "nbd-client", "makes a disk a device, for 'nbd-vmdk attach'")
     yield _program("qemu-img", "qemu-utils", "reads and converts what is served")
 
 
@@ -180,7 +182,8 @@ def _libnbd() -> Check:
 
 
 def _program(name: str, package: str, what: str) -> Check:
-    path = shutil.which(name)
+    # What is for root alone is not on everybody's PATH.
+    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if path is None:
         return Check(name, False, False, f"not installed: {what}", f"apt-get install {package}")
     said = re.search(r"\d+\.\d+\S*", _output([path, "--version"]) or "")

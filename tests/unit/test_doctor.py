@@ -77,10 +77,10 @@ def test_a_plugin_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytes
 
 def test_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version_of", lambda _: None)
-    monkeypatch.setattr("nbd_vmdk.doctor.shutil.which", lambda name: name if name == "nbdkit" else None)
+    monkeypatch.setattr("nbd_vmdk.doctor.shutil.which", lambda name, **_: name if name == "nbdkit" else None)
     here = found()
     assert here["numpy"].required
-    for name in ("deflate", "nbdcopy", "nbdinfo", "qemu-img"):
+    for name in ("deflate", "nbdcopy", "nbdinfo", "nbdfuse", "nbd-client", "qemu-img"):
         assert not here[name].ok
         assert not here[name].required
     assert here["deflate"].mend == f"{sys.executable} -m pip install deflate"

@@ -1,0 +1,264 @@
+"""Images as block devices: a kernel of files and an nbd-client that changes them stand for the real ones.
+
+The server behind is real, and the stand-in reads from it.  The words that start nbd-client are run by a real
+kernel in tests/guest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbd_vmdk import cli, devices, jobs, open_disk
+from nbd_vmdk.errors import DeviceError, InUse, OptionError, ServerError
+from tests.serving import served
+from tests.serving.conftest import MIB
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can attach devices")
+
+CLIENT = f"""#!{sys.executable}
+import os, subprocess, sys, time
+words = sys.argv[1:]
+home = os.environ["FAKE_HOME"]
+with open(home + "/called", "a") as file:
+    print(*words, file=file)
+if words[0] == "-d":
+    block = home + "/sys/block/" + os.path.basename(words[1])
+    if os.path.exists(home + "/stuck"):
+        sys.exit(0)
+    if os.path.exists(home + "/refused"):
+        print("nbd-client says no", file=sys.stderr)
+        sys.exit(1)
+    open(block + "/size", "w").write("0")
+    os.unlink(block + "/pid")
+    sys.exit(0)
+if words[0] == "-unix":
+    where, device = "nbd+unix:///?socket=" + words[1], words[2]
+else:
+    where, device = "nbd://%s:%s/" % tuple(words[:2]), words[2]
+size = int(subprocess.run(["nbdinfo", "--size", where], stdout=subprocess.PIPE, check=True).stdout)
+block = home + "/sys/block/" + os.path.basename(device)
+name = os.path.basename(device) + "p1"
+os.makedirs(block + "/" + name, exist_ok=True)
+open(home + "/dev/" + name, "w")
+open(block + "/size", "w").write(str(size // 512))
+open(block + "/pid", "w").write(str(os.getpid()))
+while os.path.exists(block + "/pid"):
+    time.sleep(0.02)
+"""
+
+
+class Fake:
+    """The folders of a kernel, in which nbd0 and nbd1 are free."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        for name in ("nbd0", "nbd1"):
+            (home / "sys/block" / name).mkdir(parents=True)
+            (home / "sys/block" / name / "size").write_text("0\n")
+            (home / "sys/class/block" / name / "holders").mkdir(parents=True)
+            (home / "sys/class/block" / name / "dev").write_text(f"43:{int(name[3:]) * 16}\n")
+            (home / "dev").mkdir(exist_ok=True)
+            (home / "dev" / name).touch()
+        (home / "proc/self").mkdir(parents=True)
+        (home / "proc/self/mountinfo").write_text("")
+        (home / "proc/swaps").write_text("Filename Type Size Used Priority\n")
+        self.ioctls: list[int] = []
+
+    @property
+    def called(self) -> list[str]:
+        return (self.home / "called").read_text().splitlines()
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    made = Fake(tmp_path / "kernel")
+    (tmp_path / "bin").mkdir()
+    client = tmp_path / "bin" / "nbd-client"
+    client.write_text(CLIENT)
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_HOME", str(made.home))
+    monkeypatch.setattr(jobs, "ROOT_FOLDER", str(tmp_path / "run"))
+    places = {name: str(made.home / name) for name in ("sys", "dev", "proc")}
+    monkeypatch.setattr(devices, "Kernel", functools.partial(devices.Kernel, **places))
+    monkeypatch.setattr(devices.fcntl, "ioctl", lambda _fd, what, *_: made.ioctls.append(what))
+    return made
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> tuple[str, str]:
+    assert cli.main(list(map(str, words))) == code
+    told = capsys.readouterr()
+    return told.out, told.err
+
+
+def test_attach_and_detach(
+    fake: Fake, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = fake.home / "dev/nbd0"
+    out, errors = run(capsys, "attach", disk)
+    assert out == f"{device}\n{device}p1\n"
+    assert f"nbd-vmdk detach {device}" in errors
+    (words,) = fake.called
+    assert words.endswith(f"{device} -L -n -C 4 -N ")
+    # It is really served, and locked; the next device is free.
+    with pytest.raises(InUse):
+        open_disk(disk, writable=True, locks=True)
+    job = devices.find_job("nbd0")
+    assert job is not None
+    assert job.alive
+    assert job.facts["image"] == str(disk)
+    out, _ = run(capsys, "attach", disk, device, code=5)
+    with served(disk.parent / other(disk.parent)) as (uri, _):
+        out, _ = run(capsys, "attach", "-r", "--connections", 2, "--json", uri)
+        facts: dict[str, Any] = json.loads(out)
+        assert facts["device"] == f"{fake.home}/dev/nbd1"
+        assert facts["size"] == MIB
+        assert fake.called[-1].endswith("-C 2 -N  -R")
+        assert "all 2 NBD devices" in run(capsys, "attach", uri, code=1)[1]
+        run(capsys, "detach", "nbd1")
+    run(capsys, "detach", device)
+    assert fake.called[-1] == f"-d {device}"
+    assert 0x1261 in fake.ioctls  # flushed
+    assert not job.alive
+    assert not os.path.exists(job.folder)
+    with open_disk(disk, writable=True, locks=True):
+        pass
+    assert "nothing is attached" in run(capsys, "detach", device, code=1)[1]
+
+
+def other(folder: Path) -> str:
+    from nbd_vmdk.ops.create import create_image
+
+    create_image(folder / "other.vmdk", MIB)
+    return "other.vmdk"
+
+
+def test_what_uses_it_keeps_it(fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device = fake.home / "dev/nbd0"
+    run(capsys, "attach", disk)
+    part = fake.home / "sys/class/block/nbd0p1"
+    (part / "holders").mkdir(parents=True)
+    (part / "dev").write_text("43:1\n")
+    mounts = fake.home / "proc/self/mountinfo"
+    mounts.write_text(r"99 1 43:1 / /mnt/my\040disk rw - ext4 /dev/nbd0p1 rw" + "\n")
+    assert "nbd0p1 is mounted at /mnt/my disk" in run(capsys, "detach", device, code=5)[1]
+    mounts.write_text("")
+    (part / "holders" / "dm-0").mkdir()
+    assert "nbd0p1 is part of dm-0" in run(capsys, "detach", device, code=5)[1]
+    (part / "holders" / "dm-0").rmdir()
+    (fake.home / "proc/swaps").write_text("Filename\n/dev/nbd0 partition 1 0 -2\n")
+    assert "swapped to" in run(capsys, "detach", device, code=5)[1]
+    (fake.home / "proc/swaps").write_text("Filename\n")
+    assert len(fake.called) == 1
+    run(capsys, "detach", device)
+
+
+def test_a_kernel_that_does_not_let_go(
+    fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, "attach", disk)
+    monkeypatch.setattr(devices, "_PATIENCE", 0.2)
+    (fake.home / "stuck").touch()
+    assert "has not let go" in run(capsys, "detach", "nbd0", code=1)[1]
+    (fake.home / "stuck").unlink()
+    (fake.home / "refused").touch()
+    assert "nbd-client says no" in run(capsys, "detach", "nbd0", code=1)[1]
+    (fake.home / "refused").unlink()
+    run(capsys, "detach", "nbd0")
+
+
+def test_somebody_else_detached_it(fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server ends with the device, whoever took that away; and its image is closed."""
+    run(capsys, "attach", disk)
+    job = devices.find_job("nbd0")
+    assert job is not None
+    subprocess.run(["nbd-client", "-d", f"{fake.home}/dev/nbd0"], check=True)
+    end = time.monotonic() + 20
+    while job.alive:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert job.code == 0
+    run(capsys, "detach", "nbd0")
+    assert devices.find_job("nbd0") is None
+
+
+def test_a_server_that_was_killed(fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "attach", disk)
+    job = devices.find_job("nbd0")
+    assert job is not None
+    os.killpg(job.pid, signal.SIGKILL)
+    assert "was killed" in run(capsys, "detach", "nbd0", code=1)[1]
+
+
+def test_an_image_that_can_not_be_served(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.vmdk").write_bytes(b"KDMV" + bytes(100))
+    _, errors = run(capsys, "attach", tmp_path / "bad.vmdk", code=1)
+    assert errors.startswith("error: ")
+    assert "bad.vmdk" in errors
+    assert os.listdir(tmp_path / "run") == ["lock"]
+    # A client that fails after the server has started.
+    (tmp_path / "bin/nbd-client").write_text("#!/bin/sh\necho 'it will not' >&2; exit 3\n")
+    with pytest.raises(ServerError, match="it will not"):
+        devices.attach(str(tmp_path / other(tmp_path)), kernel=devices.Kernel())
+    assert os.listdir(tmp_path / "run") == ["lock"]
+
+
+def test_one_disk_at_a_time(fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other(disk.parent)
+    _, errors = run(capsys, "attach", disk.parent, code=1)
+    assert "2 disks" in errors
+    assert "other.vmdk" in errors
+
+
+def test_what_is_missing(
+    fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: 1000)
+        for verb in ("attach", "detach"):
+            assert "only root" in run(capsys, verb, "nbd0" if verb == "detach" else disk, code=1)[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(devices.shutil, "which", lambda *_, **__: None)
+        assert "apt-get install nbd-client" in run(capsys, "attach", disk, code=1)[1]
+    for name, code, why in (("/dev/sda", 2, "no NBD device"), ("nbd7", 1, "no such device")):
+        assert why in run(capsys, "attach", disk, name, code=code)[1]
+    with pytest.raises(DeviceError, match="no NBD devices") as told:
+        devices.attach(str(disk), kernel=devices.Kernel(sys="/nowhere"))
+    assert "modprobe nbd" in str(told.value.hint)
+    (fake.home / "sys/module/nbd/parameters").mkdir(parents=True)
+    (fake.home / "sys/module/nbd/parameters/max_part").write_text("0\n")
+    assert devices.Kernel().without_partitions
+    assert stat.S_IMODE(os.stat(jobs.run_folder()).st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("nbd://host/", "host 10809"),
+        ("nbd://host:1/a%20b", "host 1"),
+        ("nbd://[::1]:7/x", "::1 7"),
+        ("nbd+unix:///x?socket=/run/my%20s", "-unix /run/my s"),
+    ],
+)
+def test_uris(uri: str, words: str) -> None:
+    where, _name = devices.place_of(uri)
+    assert " ".join(where) == words
+
+
+@pytest.mark.parametrize("uri", ["nbds://host/", "http://host/", "nbd+unix:///x", "nbd://host:x/"])
+def test_uris_that_can_not_be_attached(uri: str) -> None:
+    with pytest.raises(OptionError):
+        devices.place_of(uri)

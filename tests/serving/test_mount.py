@@ -1,0 +1,116 @@
+"""Images as files, through the real nbdfuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbd_vmdk import jobs, mounts, open_disk
+from nbd_vmdk.cli import main
+from nbd_vmdk.errors import DeviceError
+from tests.serving import served, vmdk
+from tests.serving.conftest import MIB
+
+
+def why_not() -> str:
+    """Why nothing can be mounted here; empty if it can."""
+    if shutil.which("nbdfuse") is None:
+        return "nbdfuse is not installed"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "there is no /dev/fuse that we may use"
+    if shutil.which("fusermount3") is None and shutil.which("fusermount") is None:
+        return "fusermount3 is not installed"
+    return ""
+
+
+real = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    made = tmp_path / "a mount"
+    made.mkdir()
+    yield made
+    if os.path.ismount(made):
+        subprocess.run([shutil.which("fusermount3") or "fusermount", "-uz", str(made)], check=True)
+
+
+@real
+def test_a_disk_is_a_file(disk: Path, folder: Path) -> None:
+    done = vmdk("mount", disk, folder)
+    assert done.stdout == f"{folder}/nbd\n"
+    assert f"losetup -f -P --show '{folder}/nbd'" in done.stderr
+    assert f"guestfish --format=raw -a '{folder}/nbd'" in done.stderr
+    file = folder / "nbd"
+    assert file.stat().st_size == 4 * MIB
+    with open(file, "r+b") as opened:
+        opened.seek(65536)
+        assert opened.read(4) == b"old "
+        opened.seek(MIB)
+        opened.write(b"new ")
+        # As long as somebody has it open, it stays.
+        opened.flush()
+        assert "open" in vmdk("umount", folder, code=5).stderr
+    assert vmdk("umount", folder).stderr == ""
+    assert os.listdir(folder) == []
+    with open_disk(disk, writable=True, locks=True) as opened_disk:
+        assert opened_disk.pread(4, MIB) == b"new "
+    assert "nothing is mounted" in vmdk("umount", folder, code=1).stderr
+
+
+@real
+def test_read_only_and_from_a_uri(disk: Path, folder: Path) -> None:
+    with served(disk, "-r") as (uri, _):
+        told = json.loads(vmdk("mount", uri, folder, "-r", "--json").stdout)
+        assert told["file"] == f"{folder}/nbd"
+        assert any("--ro" in command for command in told["commands"])
+        with open(folder / "nbd", "rb") as opened:
+            opened.seek(65536)
+            assert opened.read(4) == b"old "
+        assert vmdk("mount", disk, folder, code=5).stderr.startswith(f"error: {folder}: in use")
+        assert json.loads(vmdk("umount", folder, "--json").stdout)["warnings"] == []
+    assert "server's" in vmdk("mount", "nbd://localhost", folder, "--salvage", code=2).stderr
+
+
+@real
+def test_unmounted_by_somebody_else(disk: Path, folder: Path) -> None:
+    vmdk("mount", disk, folder)
+    subprocess.run([shutil.which("fusermount3") or "fusermount", "-u", str(folder)], check=True)
+    vmdk("umount", folder)  # waits until the image is closed
+    with open_disk(disk, writable=True, locks=True):
+        pass
+
+
+@real
+def test_what_can_not_be_mounted(disk: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.vmdk").write_bytes(b"KDMV" + bytes(100))
+    done = vmdk("mount", tmp_path / "bad.vmdk", folder, code=1)
+    assert done.stderr.startswith("error: ")
+    assert "bad.vmdk" in done.stderr
+    assert not os.path.ismount(folder)
+    assert "no folder" in vmdk("mount", disk, tmp_path / "nowhere", code=2).stderr
+    assert "not empty" in vmdk("mount", disk, tmp_path, code=2).stderr
+
+
+def test_what_is_missing(
+    disk: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mounts.shutil, "which", lambda *_: None)
+    assert main(["mount", str(disk), str(folder)]) == 1
+    assert "apt-get install libnbd-bin" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ROOT_FOLDER", str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("run", "nbd-vmdk-jobs"):
+        (tmp_path / name).symlink_to("elsewhere")
+    with pytest.raises(DeviceError, match="somebody else"):
+        jobs.run_folder()
