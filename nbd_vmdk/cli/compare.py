@@ -44,8 +44,8 @@ def compare(
 ) -> int:
     """Show the ranges in which A and B differ, in whole sectors.
 
-    Each is a VMDK of any kind, with its chain, or a raw file or device.  A file is taken as raw if --raw says
-    so, or if it begins like no VMDK and like no other known format and is not called .vmdk.  What both know
+    Each is a VMDK of any kind, with its chain, or a raw file or device.  A file whose name does not end in
+    .vmdk is raw, but only if it does not look like something else; --raw says that it is.  What both know
     to be zeros, or have from the same parent, is not read.  If one is larger, what it has beyond the
     other's end must be zeros; with --strict the sizes must be equal too.  --parent is for A.
 

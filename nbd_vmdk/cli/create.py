@@ -5,18 +5,9 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import json_option
+from nbd_vmdk.cli.opening import as_bytes, json_option
 from nbd_vmdk.cli.progress import progress
-from nbd_vmdk.units import format_size, parse_size
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
+from nbd_vmdk.units import format_size
 
 
 @click.command(short_help="Make a new, empty image.")
@@ -38,13 +29,13 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
 @click.option(
     "--grain-size",
-    callback=_size,
+    callback=as_bytes,
     metavar="SIZE",
     help="Unit of allocation.  [default: 64K; vmfsSparse: 512]",
 )
 @click.option(
     "--extent-size",
-    callback=_size,
+    callback=as_bytes,
     metavar="SIZE",
     help="Size of the pieces of twoGb kinds.  [default: 2047M]",
 )
@@ -72,7 +63,7 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 )
 @json_option
 @click.argument("image", type=click.Path())
-@click.argument("size", callback=_size, required=False)
+@click.argument("size", callback=as_bytes, required=False)
 def create(image: str, size: int | None, as_json: bool, **options: Any) -> int:
     """Make IMAGE, an empty disk of SIZE (20G, 512M, or bytes).
 

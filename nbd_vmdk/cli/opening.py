@@ -16,10 +16,10 @@ image_argument = click.argument("image", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    """Bytes meant by a size such as 64M."""
+def as_bytes(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """Bytes meant by a size such as 64M; None if it is not given.  For click to call."""
     try:
-        return parse_size(text)
+        return None if text is None else parse_size(text)
     except ValueError as error:
         raise click.BadParameter(str(error), context, parameter) from error
 
@@ -65,9 +65,10 @@ serve_options = _all_of(
     ),
     click.option(
         "--cache-size",
-        callback=_size,
+        callback=as_bytes,
         metavar="SIZE",
         default=str(DEFAULT_CACHE_SIZE),
-        help="Memory for tables and inflated grains.  [default: 64M]",
+        help="Memory for tables and inflated grains; a new streamOptimized disk takes 32M besides.  "
+        "[default: 64M]",
     ),
 )

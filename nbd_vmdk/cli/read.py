@@ -12,7 +12,7 @@ import click
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.opening import image_argument, json_option, open_options
 from nbd_vmdk.cli.progress import Progress, progress
-from nbd_vmdk.cli.ranges import length_option, offset_option, standard
+from nbd_vmdk.cli.ranges import length_option, no_dash, offset_option, standard
 from nbd_vmdk.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 @offset_option("Where to begin, such as 1M or 2048s (sectors).  [default: 0]")
 @length_option("How much.  [default: all that follows]")
 @click.option(
-    "--output", "to", type=click.Path(), metavar="FILE", help="A new file, or a device, instead of stdout."
+    "--output",
+    "to",
+    type=click.Path(),
+    metavar="FILE",
+    callback=no_dash,
+    help="A new file, or a device, instead of stdout.",
 )
+@click.option("--raw", is_flag=True, help="Take IMAGE as raw bytes, whatever it begins with.")
 @open_options
 @json_option
 @image_argument
-def read(image: str, offset: int, length: int | None, to: str | None, as_json: bool, **options: Any) -> int:
+def read(
+    image: str, offset: int, length: int | None, to: str | None, raw: bool, as_json: bool, **options: Any
+) -> int:
     """Write the bytes of a range of IMAGE, as a guest sees them, to stdout.
+
+    IMAGE is a VMDK of any kind, with its chain, or a raw file or device.  A file whose name does not end in
+    .vmdk is raw, but only if it does not look like something else; --raw says that it is.
 
     With --output they go to a new file, which appears when it is whole, with holes where the disk has
     zeros; or to a device or a pipe that is there.
@@ -42,7 +53,7 @@ def read(image: str, offset: int, length: int | None, to: str | None, as_json: b
         if as_json:
             raise OptionError(None, why="--json needs --output: stdout is for the disk's bytes")
         stdout = standard(sys.stdout, "stdout", "name a file with --output, or add: | xxd | less")
-    with open_content(image, **options) as content, progress("reading") as told:
+    with open_content(image, raw=raw, **options) as content, progress("reading") as told:
         length = check_range(content, offset, length)
         if to is None:
             with _told("stdout"):

@@ -12,7 +12,7 @@ import click
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.opening import image_argument, json_option, open_options
 from nbd_vmdk.cli.progress import progress
-from nbd_vmdk.cli.ranges import length_option, offset_option, standard
+from nbd_vmdk.cli.ranges import length_option, no_dash, offset_option, standard
 from nbd_vmdk.errors import (
     FileMissing,
     InputTooLong,
@@ -34,7 +34,14 @@ _STEP: Final = GIB
 @click.command(short_help="Write bytes from stdin or a file into the disk.")
 @offset_option("Where to begin, such as 1M or 2048s (sectors).  [default: 0]")
 @length_option("How much to take of the input.  [default: all]")
-@click.option("--input", "source", type=click.Path(), metavar="FILE", help="Take FILE instead of stdin.")
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(),
+    metavar="FILE",
+    callback=no_dash,
+    help="Take FILE instead of stdin.",
+)
 @click.option("--zero", is_flag=True, help="Make --length bytes read as zeros; no input is read.")
 @click.option("--trim", is_flag=True, help="Give the space of --length bytes back; no input is read.")
 @click.option(

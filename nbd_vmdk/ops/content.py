@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, describe_other, identify
+from nbd_vmdk.ops.formats import RAW, guess_format
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.vm import leads_to_disks
 
 log = logging.getLogger("nbd_vmdk")
 
@@ -57,8 +56,9 @@ class DiskContent:
         self.size = disk.size
         self.read_into = disk.read_into
         self._disk = disk
-        # A link shows the same bytes in every chain it is part of.
-        self._links = [("link", link.storages[0].identity) for link in disk.links]
+        # A link shows the same bytes in every chain it is part of.  Its descriptor alone does not tell which
+        # it is: backups made with hard links share one between folders whose extents differ.
+        self._links = [("link", *(storage.identity for storage in link.storages)) for link in disk.links]
 
     def holders(self, offset: int, length: int) -> Iterator[tuple[int, Holder]]:
         """See Content; what is lost is held by somebody unlike all others, so that it is read and fails."""
@@ -91,10 +91,9 @@ class RawContent:
 def open_content(path: str | os.PathLike[str], *, raw: bool = False, **options: Any) -> Iterator[Content]:
     """Open a VMDK with its chain, or a raw file; ``options`` are those of OpenOptions.
 
-    Without ``raw`` the first bytes decide: what is no VMDK, nor anything else that has a name, is raw, unless
-    the file is called .vmdk, in which case it ought to be one.  Raises VmdkError of every sort.
+    Without ``raw`` the name decides, see formats.py.  Raises VmdkError of every sort.
     """
-    if raw or _is_raw(path):
+    if raw or guess_format(path, raw_option="--raw") == RAW:
         folder, name = LocalFolder.for_image(path, allow_devices=True)
         storage = folder.open(name)
         try:
@@ -108,21 +107,6 @@ def open_content(path: str | os.PathLike[str], *, raw: bool = False, **options: 
             for warning in disk.warnings:
                 log.warning("%s", warning)
             yield DiskContent(disk)
-
-
-def _is_raw(path: str | os.PathLike[str]) -> bool:
-    if os.fspath(path).lower().endswith(".vmdk") or leads_to_disks(path):
-        return False
-    # Only this file is opened; that the user named a device is leave enough to look at it.
-    folder, name = LocalFolder.for_image(path, allow_devices=True)
-    storage = folder.open(name)
-    try:
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
-    finally:
-        storage.close()
-    kind = identify(head)
-    # A hint says what to do with a file of another known format; opening it as a VMDK will tell the user.
-    return kind is FileKind.EMPTY or (kind is FileKind.OTHER and describe_other(head)[1] is None)
 
 
 def merged(ranges: Iterable[Range]) -> Generator[Range, None, None]:

@@ -194,5 +194,40 @@ def test_what_is_taken_as_raw(tmp_path: Path) -> None:
     image = KINDS["sparse"](str(tmp_path), "b", content)
     renamed = str(tmp_path / "renamed.img")
     os.rename(image, renamed)
-    assert command("compare", plain, renamed).returncode == 0  # by what it is, not by its name
+    # What it holds may be a guest's doing, who must not choose which files are read.
+    refused = command("compare", plain, renamed)
+    assert refused.returncode == 2
+    assert b"give it a name that ends in .vmdk" in refused.stderr
     assert command("compare", "--raw", "b", plain, renamed).returncode == 1
+
+
+@pytest.mark.parametrize("verb", ["read", "checksum"])
+def test_a_guest_can_not_name_files(tmp_path: Path, verb: str) -> None:
+    """A raw disk that begins with a descriptor is no VMDK because its guest wishes so."""
+    (tmp_path / "victim.raw").write_bytes(b"secret" * 1024)
+    text = (
+        '# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+        'RW 8 FLAT "victim.raw" 0\n'
+    )
+    guest = tmp_path / "guest.img"
+    guest.write_bytes(text.encode().ljust(MIB, b"\0"))
+    refused = command(verb, str(guest))
+    assert refused.returncode == 1
+    assert b"secret" not in refused.stdout
+    assert b"add --raw" in refused.stderr
+    assert command(verb, "--raw", str(guest)).returncode == 0
+
+
+def test_a_descriptor_shared_by_hard_links_is_not_the_disk(tmp_path: Path) -> None:
+    """As backups make them: what did not change is a link to the older one, and the extent is another."""
+    folders = [tmp_path / "monday", tmp_path / "tuesday"]
+    for folder in folders:
+        folder.mkdir()
+    path = Path(KINDS["flat"](str(folders[0]), "x", Content.random(MIB, 1)))
+    for file in folders[0].iterdir():
+        if file == path:
+            os.link(file, folders[1] / file.name)
+        else:
+            (folders[1] / file.name).write_bytes(bytes(MIB))
+    assert command("compare", path, folders[1] / path.name).returncode == 1
+    assert command("compare", path, folders[0] / path.name).returncode == 0

@@ -98,6 +98,7 @@ def test_streams_that_can_not_be_used(image: tuple[str, Content]) -> None:
     words = f"{sys.executable} -m nbd_vmdk"
     for line, code, word in (
         (f"{words} write '{image[0]}' <&-", 2, b"stdin is closed"),
+        (f"{words} read '{image[0]}' >&-", 2, b"stdout is closed"),
         (f"{words} read '{image[0]}' > /dev/full", 1, b"stdout: write: No space left"),
         (f"{words} write '{image[0]}' --input /", 1, b"/: read: Is a directory"),
     ):
@@ -128,6 +129,15 @@ def test_no_half_file_is_left(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"can't be read" in done.stderr
     assert set(os.listdir(tmp_path)) == before
+
+
+def test_a_dash_is_the_standard_stream(image: tuple[str, Content]) -> None:
+    path, content = image
+    assert command("read", path, "--output", "-", "--length", "1M").stdout == content.read(0, MIB)
+    assert command("read", path, "--output", "-", "--json").returncode == 2
+    assert command("write", path, "--input", "-", input=b"by stdin").returncode == 0
+    assert show(path)[:8] == b"by stdin"
+    assert not os.path.exists("-")
 
 
 def test_read_to_a_named_pipe(tmp_path: Path, image: tuple[str, Content]) -> None:
