@@ -81,7 +81,7 @@ def create(image: str, child: str | None, as_json: bool, **options: Any) -> int:
     sys.stdout.flush()
     output.message("hint", f"write to {made.path} from now on: writing to {image} makes the child invalid")
     is_clone = made.parent is not None and "/" in made.parent
-    if is_clone:
+    if made.parent is not None and made.parent.startswith(("../", "/")):
         folder = os.path.dirname(os.path.realpath(image))
         output.message("hint", f"its parent is in another folder: opening it takes --allow-dir {folder}")
     for user in users_of(image):
@@ -236,7 +236,8 @@ def rebase(
     from nbd_vmdk.ops.snapshot.rebase import rebase as run
 
     if (parent is None) is not flatten:
-        raise OptionError(None, why="the new parent is missing", hint="use either --parent FILE or --flatten")
+        why = "--parent and --flatten exclude each other" if flatten else "the new parent is missing"
+        raise OptionError(None, why=why, hint="use either --parent FILE or --flatten")
     if unchecked and not relink:
         raise OptionError(None, why="--unchecked belongs to --relink")
     if flatten and relink:

@@ -5,9 +5,9 @@ of the old one, so whoever opens it finds the old text or the new one.
 
 One that lies inside a hosted sparse extent can only be overwritten in the room reserved for it, and a power
 cut in between may leave some sectors of either text.  So the old text is saved beside first, durably, in a
-file ``NAME.descriptor``, which goes away once the new text is durable.  Found later, it says what happened:
-its last line holds the digest of the new text.  If that is what is there the file is of no use any more;
-else the old text is put back (``mend_descriptor``, which all that changes links calls first).
+file ``NAME.saved-by-nbd-vmdk``, which goes away once the new text is durable.  Found later, it says what
+happened: its last line holds the digest of the new text.  If that is what is there the file is of no use any
+more; else the old text is put back (``mend_descriptor``, which all that changes links calls first).
 
 A file is replaced under the lock of its old inode, and the new one is locked before it gets the name, so
 nobody else can come to write it in between.
@@ -28,8 +28,9 @@ from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.units import SECTOR, align_up
 
-#: What is put behind a file's name for the saved text of its descriptor.
-SAVED: Final = ".descriptor"
+#: What is put behind a file's name for the saved text of its descriptor: nothing that anybody else would put
+#: there, as what is called so is removed.
+SAVED: Final = ".saved-by-nbd-vmdk"
 #: And behind that, for one that is a file of its own and not yet in place.
 _NEW: Final = ".new"
 _DIGEST: Final = b"# replaced by the text with the SHA-256 "

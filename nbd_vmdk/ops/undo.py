@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 
 from nbd_vmdk import __version__
 from nbd_vmdk.errors import FileMissing, FormatError, StorageError, WriteRefused
+from nbd_vmdk.ops.rewrite import sync_folder
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR
 
@@ -94,7 +95,7 @@ def write_undo(
                 out.flush()
                 os.fsync(out.fileno())
             os.rename(half_done, path)
-            _sync_folder(path)
+            sync_folder(os.path.dirname(path))
         except BaseException:
             _remove(half_done)
             raise
@@ -106,14 +107,6 @@ def _stream(header: Mapping[str, Any], contents: Iterator[bytes]) -> Iterator[by
     yield _TITLE
     yield json.dumps(header, separators=(",", ":")).encode() + b"\n"
     yield from contents
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(path: str) -> None:
@@ -222,7 +215,7 @@ class Undo:
         """Take the undo file away, once all is restored."""
         try:
             _remove(self.path)
-            _sync_folder(self.path)
+            sync_folder(os.path.dirname(self.path))
         except OSError as error:
             raise StorageError.of(error, self.path, "remove") from error
 

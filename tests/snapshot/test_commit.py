@@ -17,6 +17,7 @@ import pytest
 from nbd_vmdk import open_disk
 from nbd_vmdk.errors import (
     ChainError,
+    ChainTooDeep,
     ContentIdMismatch,
     FileMissing,
     InUse,
@@ -29,6 +30,7 @@ from nbd_vmdk.errors import (
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.snapshot.commit import commit, plan_commit
+from nbd_vmdk.ops.snapshot.delete import delete_link
 from nbd_vmdk.ops.snapshot.names import merging_name
 from nbd_vmdk.units import KIB, MIB
 from tests.images import desc
@@ -450,6 +452,62 @@ def test_files_of_others_are_not_removed(tmp_path: Path) -> None:
             action(child)
     assert shows(victim) == bytes(SIZE)
     assert base.exists()
+
+
+def test_a_parent_that_was_renamed_by_hand_is_not_taken_for_merged(quick_path: Path) -> None:
+    """Its base gone, a user finds it under another name and gives it the old one: nothing may be lost."""
+    base = make_base(quick_path)
+    refused = step = 0
+    killed = True
+    while killed:
+        child = make_child(base)
+        scribble(child, step)
+        expected = shows(child)
+        killed = killed_at(step, partial(commit, child))
+        begun = [name for name in names_in(quick_path) if ".merging-" in name]
+        if begun and not base.exists():
+            (quick_path / begun[0]).rename(base)
+            try:
+                commit(child)
+            except WriteRefused as error:
+                hint, refused = str(error.hint), refused + 1
+                base.rename(quick_path / begun[0])
+                assert begun[0] in hint
+                assert shows(child) == expected
+        if child.exists():
+            commit(child)
+        assert shows(base) == expected
+        step += 3
+    assert refused
+
+
+def test_parents_that_go_round(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    child = make_child(base)
+    with open_disk(child) as disk:
+        cid = disk.links[0].cid
+    edit(base, b"parentCID=ffffffff", b'parentCID=%08x\nparentFileNameHint="%s"' % (cid, child.name.encode()))
+    before = child.read_bytes(), base.read_bytes()
+    for action in (plan_commit, commit):
+        with pytest.raises(ChainTooDeep, match="leads back"):
+            action(child)
+    assert (child.read_bytes(), base.read_bytes()) == before
+
+
+def test_the_tracking_of_others_is_not_removed(tmp_path: Path) -> None:
+    victim = make_base(tmp_path, "monolithicFlat", name="victim.vmdk")
+    tracked = tmp_path / "victim-ctk.vmdk"
+    tracked.write_bytes(b"blocks")
+    line = b'changeTrackPath="victim-ctk.vmdk"\n'
+    victim.write_bytes(victim.read_bytes() + line)
+    child = make_child(make_base(tmp_path))
+    data = child.read_bytes()
+    at = data.index(b"\0", 512)
+    child.write_bytes(data[:at] + line + data[at + len(line) :])
+    for action in (plan_commit, partial(delete_link, apply=True)):
+        with pytest.raises(WriteRefused, match="belongs to"):
+            action(child)
+    assert tracked.exists()
 
 
 def test_a_symbolic_link_is_followed_by_us_alone(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from nbd_vmdk.errors import InUse, NotVmdk, VmdkError, WriteRefused
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ops.rewrite import SAVED, DescriptorFile, mend_descriptor, mend_folder
 from nbd_vmdk.ops.snapshot.commit import commit
+from nbd_vmdk.ops.snapshot.delete import delete_link
+from nbd_vmdk.ops.snapshot.rebase import rebase
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import SECTOR
-from tests.snapshot import BASE, killed_at, make_base, make_chain, names_in, scribble, shows
+from tests.snapshot import BASE, killed_at, make_base, make_chain, make_child, names_in, scribble, shows
 
 KINDS = ["monolithicSparse", "monolithicFlat"]
 
@@ -195,3 +197,16 @@ def test_a_saved_text_that_is_none_of_ours(tmp_path: Path) -> None:
     assert commented(path) == "kept"
     assert names_in(tmp_path) == {BASE}
     assert not mend_descriptor(folder, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_the_descriptor_beside_is_its_owners(tmp_path: Path, kind: str) -> None:
+    """Users call one so; it is no saved text of ours, and neither removed nor in the way."""
+    path = make_base(tmp_path, kind)
+    child = make_child(path)
+    beside = [Path(f"{each}.descriptor") for each in (path, child)]
+    for copy in beside:
+        copy.write_text("by hand")
+    rebase(child, path)
+    delete_link(child, apply=True)
+    assert [copy.read_text() for copy in beside] == ["by hand"] * 2

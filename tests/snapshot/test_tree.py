@@ -347,3 +347,17 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("delete", clone, "--apply")["applied"]
     assert names_in(tmp_path) == {BASE}
     assert shows(base) == expected
+
+
+def test_a_clone_is_told_what_opening_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "clone"):
+        (tmp_path / name).mkdir()
+    base = make_base(tmp_path / "base")
+    for child, taken in (("base/a.vmdk", False), ("above.vmdk", False), ("clone/b.vmdk", True)):
+        assert main(["snapshot", "create", str(base), str(tmp_path / child)]) == 0
+        assert ("--allow-dir" in capsys.readouterr().err) is taken
+        if not taken:
+            shows(tmp_path / child)
+        else:
+            with pytest.raises(TrustError):
+                shows(tmp_path / child)

@@ -15,8 +15,9 @@ children read wrong data.  So nobody may take it for what it was:
 
 Wherever this stops, the child (from 3 to 6) and its children read what they always read, or are refused; the
 parent can't be found by its old name while it is no whole disk; and the names and content IDs that are
-there say how far it came, so the same command goes on from there.  Where a file system knows no hard links
-the parent is renamed instead, and the child is refused for a moment.
+there say how far it came, so the same command goes on from there.  Names can be changed by hand: before a
+child is removed whose parent seems to be whole, reading proves that it is.  Where a file system knows no hard
+links the parent is renamed instead, and the child is refused for a moment.
 
 What is not done: children in folders that are not looked at are not found.  A child of the child there is
 refused afterwards (its parent is gone) until it is pointed to the merged one.
@@ -30,11 +31,12 @@ from typing import Any
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.disk import Disk, open_in
-from nbd_vmdk.errors import InUse, VmdkError, WriteRefused
+from nbd_vmdk.errors import Difference, FileMissing, InUse, VmdkError, WriteRefused
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, sync_folder
+from nbd_vmdk.ops.sides import Comparer, DiskSource
 from nbd_vmdk.ops.snapshot import files, namefile
 from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
 from nbd_vmdk.ops.snapshot.names import merging_name
@@ -112,6 +114,7 @@ def _commit(
         child = files.hold(held, place.link)
         below = [files.hold(held, link) for link in plan.grandchildren]
         if plan.stage is Stage.MERGED:
+            _prove_merged(plan, place, child, progress, threads)
             _finish(plan, child, below, keep=keep)
             held.close()
             files.remove_files(plan.removes)
@@ -133,6 +136,39 @@ def _commit(
         _finish(plan, child, below, keep=keep)
         disk.close()
         files.remove_files(plan.removes)
+
+
+def _prove_merged(
+    plan: Plan,
+    place: files.Place,
+    child: DescriptorFile,
+    progress: Progress | None,
+    threads: int | None,
+) -> None:
+    """Raise WriteRefused unless the parent has all that the child holds.
+
+    Names say so, but somebody may have given the parent its old name by hand while the merge was under way.
+    """
+    with ExitStack() as held:
+        try:
+            link = files.hold_link(held, place.link, place.options, child)
+        except FileMissing:
+            return  # its files are being removed, which begins when all is merged
+        parent = files.open_for_reading(held, plan.parent, place.options)
+        try:
+            copy(
+                LinkSource(link),
+                Comparer(DiskSource(parent), plan.parent.label),
+                progress=progress,
+                threads=threads,
+            )
+        except Difference:
+            raise WriteRefused(
+                plan.parent.label,
+                why=f"a merge of {plan.child.label} into it has begun, and not all of that is in it",
+                hint=f"name it {_merging_path(child, '')} again, as it was when the merge was stopped: "
+                "the same command then goes on",
+            ) from None
 
 
 def _unfinished(plan: Plan) -> str:

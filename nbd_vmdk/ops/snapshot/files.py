@@ -180,6 +180,7 @@ def own_files(link: LinkFile, storages: Sequence[Storage], others: Iterable[Link
         if line.name is not None
     }
     taken = {other.identity: other for other in others if other.identity != link.identity}
+    tracked = {(other.folder.name, other.descriptor.change_track_path): other for other in taken.values()}
     home = os.path.realpath(link.folder.name)
     last: list[str] = []
     paths: list[str] = []
@@ -188,7 +189,7 @@ def own_files(link: LinkFile, storages: Sequence[Storage], others: Iterable[Link
         folder, name = os.path.split(path)
         user = taken.get(storage.identity) or names.get((link.folder.name, name))
         if user is not None:
-            raise WriteRefused(link.label, why=f"{name}, one of its files, belongs to {user.label} as well")
+            raise _belongs(link, name, user)
         if folder != home:
             raise WriteRefused(
                 link.label,
@@ -204,8 +205,15 @@ def own_files(link: LinkFile, storages: Sequence[Storage], others: Iterable[Link
         (last if storage.identity == link.identity else paths).append(path)
     tracking = link.descriptor.change_track_path
     if tracking is not None and tracking.endswith("-ctk.vmdk") and tracking in link.folder.names():
+        key = (link.folder.name, tracking)
+        if user := tracked.get(key) or names.get(key):
+            raise _belongs(link, tracking, user)
         paths.append(os.path.join(home, tracking))
     return paths + last
+
+
+def _belongs(link: LinkFile, name: str, user: LinkFile) -> WriteRefused:
+    return WriteRefused(link.label, why=f"{name}, one of its files, belongs to {user.label} as well")
 
 
 def remove_files(paths: Sequence[str]) -> None:

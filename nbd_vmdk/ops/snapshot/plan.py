@@ -7,7 +7,14 @@ from enum import Enum
 from typing import Any
 
 from nbd_vmdk.chain import parent_candidates
-from nbd_vmdk.errors import ChainError, ContentIdMismatch, ParentNotFound, VmdkError, WriteRefused
+from nbd_vmdk.errors import (
+    ChainError,
+    ChainTooDeep,
+    ContentIdMismatch,
+    ParentNotFound,
+    VmdkError,
+    WriteRefused,
+)
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import is_absolute
@@ -15,7 +22,7 @@ from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.merge import Amount, amount
 from nbd_vmdk.ops.snapshot.names import final_name, merging_name
 from nbd_vmdk.ops.snapshot.records import records_in
-from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of, link_file, parent_of
+from nbd_vmdk.ops.snapshot.tree import LinkFile, ancestors_of, children_of, link_file, parent_of
 from nbd_vmdk.options import OpenOptions
 
 
@@ -84,6 +91,8 @@ def make_plan(place: files.Place, *, keep: bool) -> Plan:
     """
     child = place.link
     plan = _find(child, place.options)
+    if any(link.identity == child.identity for link in ancestors_of(plan.parent)):
+        raise ChainTooDeep(child.label, why=f"the chain of parents leads back to {child.label}")
     links = place.links(plan.parent)
     if not keep:
         plan.grandchildren = [link for link in children_of(child, links) if link.expects(child)]

@@ -274,7 +274,8 @@ class _Shown:
             assert run.at is not None
             assert run.file is not None
             assert other.file is not None
-            is_same = self._files.get(run.file) == self._files.get(other.file)
+            file = self._files.get(run.file)
+            is_same = file is not None and file == self._files.get(other.file)
             if is_same and run.at + other.offset - run.offset == other.at:
                 return Kind.HOLE
         return Kind.DATA
