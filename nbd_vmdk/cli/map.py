@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from nbd_vmdk.disk import Disk
 
 DAMAGED = 3
-#: How a page begins.
-DOCTYPE = b"<!DOCTYPE html>"
+#: How a page of ours begins, and nobody else's.
+BEGINNING = b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" content="nbd-vmdk">\n'
 
 
 @click.command("map", short_help="Show every run of an image and where its bytes are.")
@@ -44,7 +44,7 @@ def map_(
     number: copied over a copy of LINK's disk they give IMAGE's.
 
     With --html a page is written that shows the chain, its extents and who holds what; it needs no other
-    file and no network.  A page that is there already is replaced, any other file is not.
+    file and no network.  A page that was drawn so is replaced, any other file is not.
     """
     if compare and since is None:
         raise OptionError(None, why="--compare needs --since")
@@ -103,8 +103,9 @@ def _page(disk: "Disk", path: str, *, as_json: bool) -> int:
 
 def _is_page(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
-            return file.read(len(DOCTYPE)) == DOCTYPE
+        # Nobody may ever write to what is a pipe.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+            return file.read(len(BEGINNING)) == BEGINNING
     except OSError:
         return False
 

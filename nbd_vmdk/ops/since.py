@@ -39,7 +39,7 @@ def find_link(disk: Disk, link: str | int) -> int:
         depth = int(text)
         if depth < len(names):
             return depth
-    exact = [depth for depth, name in enumerate(names) if os.path.normpath(name) == os.path.normpath(text)]
+    exact = [depth for depth, name in enumerate(names) if os.path.abspath(name) == os.path.abspath(text)]
     found = exact or [depth for depth, name in enumerate(names) if os.path.basename(name) == text]
     if len(found) == 1:
         return found[0]

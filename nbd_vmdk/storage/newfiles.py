@@ -11,7 +11,8 @@ last, so nobody ever sees an image without its extents, and a power cut leaves i
 Nothing that exists is replaced, not even what came into being meanwhile: files are moved with the kernel's
 "do not replace", and where a file system does not know that, by a hard link, which refuses as well.  With
 ``replace`` files of the same names give way to the new ones, which get their permissions, owner and
-extended attributes; the old ones are kept in the temporary folder until all went well.
+extended attributes; the old ones are kept in the temporary folder until all went well.  They are locked
+meanwhile, as for writing: who has one open would go on with a file that nobody else can find any more.
 
 The temporary folder of a process that was killed is removed by the next one with the same target: a living
 maker holds a lock on its own, and gives it the name by which it is recognized only then.
@@ -34,8 +35,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Final, NamedTuple, Self, cast
 
-from nbd_vmdk.errors import FileExists, FileMissing, StorageError, WriteRefused
+from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteRefused
 from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.localfolder import LocalFolder
+from nbd_vmdk.storage.locks import vmware_lock
 from nbd_vmdk.units import SECTOR
 
 _NO_REPLACE: Final = 1
@@ -56,12 +59,16 @@ class NewFiles:
     ``publish`` removes it with all that is in it.
 
     Raises FileExists when ``target`` is there, unless ``replace``; FileMissing or StorageError when its
-    folder can't be had or written.  With ``replace`` a symbolic link stands for the file it leads to.
+    folder can't be had or written.  With ``replace`` a symbolic link stands for the file it leads to, and
+    InUse is raised, here or by publish(), for a file that another process uses; ``held`` says that the caller
+    holds their locks.
     """
 
-    def __init__(self, target: str | os.PathLike[str], *, replace: bool = False) -> None:
+    def __init__(self, target: str | os.PathLike[str], *, replace: bool = False, held: bool = False) -> None:
         self.target = os.fspath(target)
         self._replace = replace
+        self._held = held
+        self._locked: dict[str, LocalFile] = {}
         place = os.path.realpath(self.target) if replace else self.target
         self._place, self._name = os.path.split(place)
         self.folder = ""
@@ -82,6 +89,7 @@ class NewFiles:
         try:
             if not self._replace and _lstat(self._into, self._name):
                 raise FileExists(self.target)
+            self._lock_old(self._name)
             self._make_folder()
         except BaseException:
             self._close()
@@ -114,7 +122,29 @@ class NewFiles:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._close()
 
+    def _lock_old(self, name: str) -> None:
+        """Keep all others from using the file that will be replaced, if there is one, until the end."""
+        old = _lstat(self._into, name)
+        if self._held or old is None or not stat.S_ISREG(old.st_mode) or name in self._locked:
+            return
+        path = self.target if name == self._name else self._label(name)
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._into)
+        except OSError as error:
+            raise StorageError.of(error, path, "open, to see whether it is in use,") from error
+        file = self._locked[name] = LocalFile(fd, path, writable=False)
+        try:
+            if how := vmware_lock(*LocalFolder.for_image(self._label(name))):
+                raise InUse(path, how=how)
+            file.lock(writable=True)
+        except InUse as error:
+            error.hint = "stop the other user first, or choose another name"
+            raise
+
     def _close(self) -> None:
+        for file in self._locked.values():
+            file.close()
+        self._locked.clear()
         for fd in (self._into, self._from):
             if fd >= 0:
                 os.close(fd)
@@ -167,7 +197,8 @@ class NewFiles:
         """Make all files durable and move them beside the target, ``main`` last; their new paths.
 
         Raises FileExists when a name is taken (unless replacing), WriteRefused for what can't be replaced,
-        StorageError.  Then nothing has changed: what was moved already has been taken back.
+        InUse for what is in use, StorageError.  Then nothing has changed: what was moved already has been
+        taken back.
         """
         names = [name for name in sorted(os.listdir(self._from)) if name != main]
         names.append(main)
@@ -201,6 +232,7 @@ class NewFiles:
             raise FileExists(self._label(name))
         if old and not stat.S_ISREG(old.st_mode):
             raise WriteRefused(self._label(name), why="it can't be replaced, it is no regular file")
+        self._lock_old(name)
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._from)
             try:

@@ -253,8 +253,14 @@ def test_every_kind_has_a_picture(tmp_path: Path, kind: str) -> None:
 def test_the_command_writes_a_whole_page_or_none(tmp_path: Path) -> None:
     path = KINDS["sparse"](str(tmp_path), "x", Content.random(MIB, 1))
     made = tmp_path / "map.html"
-    made.write_text("<!DOCTYPE html> old")
-    assert command("map", "--html", made, path).returncode == 0
+    made.write_text("<!DOCTYPE html> by somebody else")
+    assert command("map", "--html", made, path).returncode == 1
+    made.unlink()
+    os.mkfifo(made)
+    assert command("map", "--html", made, path).returncode == 1  # at once: nobody writes to it
+    made.unlink()
+    for _ in range(2):
+        assert command("map", "--html", made, path).returncode == 0
     first = made.read_text()
     assert first.startswith("<!DOCTYPE html>")
     assert first.endswith("</html>\n")

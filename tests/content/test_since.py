@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def three(tmp_path: Path) -> tuple[str, str]:
     return top.path, base.path
 
 
-def test_finding_a_link(three: tuple[str, str]) -> None:
+def test_finding_a_link(three: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     top, base = three
     with open_disk(top, allow_dirs=()) as disk:
         assert [find_link(disk, text) for text in ("0", 1, "2")] == [0, 1, 2]
@@ -105,6 +106,9 @@ def test_finding_a_link(three: tuple[str, str]) -> None:
                 find_link(disk, text)
             assert caught.value.exit_code == 2
             assert "0 (" in str(caught.value.hint)
+    monkeypatch.chdir(os.path.dirname(top))
+    with open_disk("top.vmdk") as disk:  # whose links are named as the user named it
+        assert [find_link(disk, text) for text in (top, base, "./top.vmdk", "a/disk.vmdk")] == [0, 2, 0, 2]
 
 
 def test_rows(three: tuple[str, str]) -> None:

@@ -351,6 +351,10 @@ def test_a_parent_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert qemu_info("../short/child.vmdk")["backing-filename"] == "../../base/a b.vmdk"
     made = create_image("here.vmdk", parent="a b.vmdk", parent_hint="a b.vmdk")
     assert made.warnings == ()
+    made = create_image("../above.vmdk", parent="a b.vmdk")  # it may name what its own folder holds
+    assert (made.parent, made.warnings) == ("base/a b.vmdk", ())
+    with open_disk("../above.vmdk") as disk:
+        assert len(disk.links) == 2
 
 
 def test_what_can_not_be_a_parent(tmp_path: Path) -> None:

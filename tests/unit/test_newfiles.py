@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk.errors import FileExists, FileMissing, StorageError, WriteRefused
+from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteRefused
 from nbd_vmdk.storage import newfiles
+from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.newfiles import NewFiles
 
 
@@ -317,3 +318,35 @@ def test_a_kill_while_replacing_keeps_what_is_needed(tmp_path: Path, way: str, a
         assert list(there.values()) in (list(old.values()), ["text", "data"])
         with NewFiles(tmp_path / "disk.vmdk", replace=True):
             assert not any(path.exists() for path in left_over)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("used", ["disk.vmdk", "flat.vmdk"])
+def test_what_somebody_uses_is_not_replaced(tmp_path: Path, used: str, writable: bool) -> None:
+    old = dict.fromkeys(("disk.vmdk", "flat.vmdk"), "old")
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    fd = os.open(tmp_path / used, os.O_RDWR if writable else os.O_RDONLY)
+    with closing(LocalFile(fd, used, writable=writable)) as user:
+        assert user.lock(writable=writable) is None
+        if used == "disk.vmdk":  # it is looked at before any work is done
+            with pytest.raises(InUse), NewFiles(tmp_path / "disk.vmdk", replace=True):
+                pass
+        else:
+            with NewFiles(tmp_path / "disk.vmdk", replace=True) as new:
+                fill(new, disk="new", flat="new")
+                with pytest.raises(InUse):
+                    new.publish("disk.vmdk")
+    assert listing(tmp_path) == old
+    with NewFiles(tmp_path / "disk.vmdk", replace=True) as new:
+        fill(new, disk="new", flat="new")
+        new.publish("disk.vmdk")
+    assert listing(tmp_path) == dict.fromkeys(old, "new")
+
+
+def test_what_vmware_uses_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk.vmdk").write_text("old")
+    (tmp_path / "disk.vmdk.lck").mkdir()
+    (tmp_path / "disk.vmdk.lck" / "M1.lck").touch()
+    with pytest.raises(InUse, match="VMware"), NewFiles(tmp_path / "disk.vmdk", replace=True):
+        pass

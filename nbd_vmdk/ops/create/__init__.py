@@ -7,11 +7,19 @@ from typing import Any
 
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.ops.create.options import KINDS, PREALLOCATIONS, CreateOptions
-from nbd_vmdk.ops.create.parent import held_parent
+from nbd_vmdk.ops.create.parent import Parent, held_parent
 from nbd_vmdk.ops.create.plan import Plan, make_plan
 from nbd_vmdk.storage.newfiles import NewFiles
 
-__all__ = ["KINDS", "PREALLOCATIONS", "CreateOptions", "Created", "MadeFile", "create_image"]
+__all__ = [
+    "KINDS",
+    "PREALLOCATIONS",
+    "CreateOptions",
+    "Created",
+    "MadeFile",
+    "create_image",
+    "create_planned",
+]
 
 _OPTION_NAMES = frozenset(option.name for option in fields(CreateOptions))
 
@@ -85,20 +93,31 @@ def create_image(
     if not os.path.basename(target) or "\0" in target:
         raise OptionError(None, why=f"{target!r} is no file name")
     with held_parent(target, chosen) as parent:
-        plan = make_plan(target, size, chosen, parent)
-        files = _make(plan, target, progress)
-        return Created(
-            path=target,
-            create_type=plan.kind.name,
-            size=plan.size,
-            cid=plan.cid,
-            parent_cid=None if parent is None else parent.cid,
-            parent=None if parent is None else parent.hint,
-            files=files,
-            adopted=tuple(plan.adopted),
-            notes=tuple(plan.notes),
-            warnings=tuple(plan.warnings),
-        )
+        return create_planned(target, size, chosen, parent, progress)
+
+
+def create_planned(
+    target: str,
+    size: int | None,
+    options: CreateOptions,
+    parent: Parent | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Created:
+    """Make an image whose parent, if it has one, has been looked at."""
+    plan = make_plan(target, size, options, parent)
+    files = _make(plan, target, progress)
+    return Created(
+        path=target,
+        create_type=plan.kind.name,
+        size=plan.size,
+        cid=plan.cid,
+        parent_cid=None if parent is None else parent.cid,
+        parent=None if parent is None else parent.hint,
+        files=files,
+        adopted=tuple(plan.adopted),
+        notes=tuple(plan.notes),
+        warnings=tuple(plan.warnings),
+    )
 
 
 def _make(plan: Plan, target: str, progress: Callable[[int, int], None] | None) -> tuple[MadeFile, ...]:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nbd_vmdk.errors import BadField, FileMissing, FormatError, OptionError, Truncated
+from nbd_vmdk.look import find_owner
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import ExtentLine
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
-from nbd_vmdk.opener import find_owner
 from nbd_vmdk.ops.create.options import CreateOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder

@@ -65,8 +65,8 @@ def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
     way = options.parent_hint
     warnings = list(disk.warnings)
     if way is None:
-        way = _way(os.path.dirname(path), os.fspath(options.parent))
-        if "/" in way:
+        way = way_to(os.path.dirname(path), os.fspath(options.parent))
+        if way.startswith("../"):  # what is in folders of its own folder the child may name
             where = os.path.dirname(os.path.realpath(options.parent))
             warnings.append(f"the parent is in another folder: opening the child takes --allow-dir {where}")
     return Parent(
@@ -80,7 +80,7 @@ def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
     )
 
 
-def _way(folder: str, parent: str | bytes) -> str:
+def way_to(folder: str, parent: str | bytes) -> str:
     """The way from the child's folder to its parent, links resolved: it must hold wherever both are moved."""
     real = os.fsdecode(os.path.realpath(parent))
     way = os.path.relpath(real, os.path.realpath(folder or os.curdir))

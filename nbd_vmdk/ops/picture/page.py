@@ -47,6 +47,7 @@ def _document(title: str, body: str, data: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
+<meta name="generator" content="nbd-vmdk">
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
