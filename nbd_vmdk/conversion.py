@@ -1,40 +1,30 @@
 """Copying a disk from anything that is one to anything that can be one.
 
-What a source is, nobody may decide but the user: a raw disk's first bytes are its guest's, who can put a
-VMDK descriptor there that names other people's files.  So a file is opened as a VMDK only if its name is that
-of one (or of a machine or an appliance, and not that of a raw extent), or on the user's word; a device or an
-NBD export never is, except on the user's word for a device; and any other file is raw, but only if it does
-not look like anything else.
+What a source is, nobody may decide but the user, see formats.py: a raw disk's first bytes are its guest's.  A
+device is opened as a VMDK only on the user's word, and an NBD export never.
 """
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import FileExists, FileMissing, NotVmdk, OptionError, StorageError, WriteRefused
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, describe_other, identify
-from nbd_vmdk.ops.convert import HOLE_GRAIN, Made, Work, compare, write_device, write_image, write_raw
-from nbd_vmdk.ops.copy import Copied, Source, copy
+from nbd_vmdk.errors import FileExists, NotVmdk, OptionError
+from nbd_vmdk.ondisk.probe import FileKind
+from nbd_vmdk.ops.convert import Made, Work, known_cid, overwrite, refuse_itself, write_image, write_raw
+from nbd_vmdk.ops.copy import Source
+from nbd_vmdk.ops.formats import RAW, VMDK, guess_format
 from nbd_vmdk.ops.sides import DiskSource, StorageSource
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.units import SECTOR, align_up
+from nbd_vmdk.targets import IN_PLACE, is_uri, open_place, target_kind
+from nbd_vmdk.units import SECTOR
 
-#: What a source or target begins with that is an NBD export.
-_URI: Final = re.compile(r"nbds?(?:\+unix|\+vsock)?://", re.IGNORECASE)
 #: What a user may say a source is.
-FORMATS: Final = ("vmdk", "raw")
-RAW: Final = "raw"
-#: What is called so is opened to find a VMDK; ``app.ova:disk1.vmdk`` is one of several.
-_VMDK_NAME: Final = re.compile(r".*\.(?:vmdk|(?:ova|ovf|vmx|vmtx)(?::.*)?)", re.IGNORECASE | re.DOTALL)
-#: A name that VMware gives to the raw data of a disk.
-_RAW_EXTENT: Final = re.compile(r"-(?:flat|f\d{3,}|rdmp?|pt)\.vmdk$", re.IGNORECASE)
-_RAW_NAMES: Final = (".raw", ".img", ".bin", ".dd")
+FORMATS: Final = (VMDK, RAW)
 _ADAPTERS: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
 #: What of a disk database belongs to the guest's view of the disk, and is kept.
 _KEPT: Final = re.compile(
@@ -49,7 +39,7 @@ class Converted:
     target    as the user named it
     kind      createType of a VMDK, ``raw``, ``device``, ``nbd`` or ``ova``
     size      bytes of the disk
-    data      bytes of it that were written as data; the rest is zeros
+    data      bytes of it that were written as data; the rest is zeros, or was there before
     occupied  bytes that the target's files really occupy, None where it is no file
     verified  it was read back and compared with its source
     notes     what was chosen for a new VMDK, and why
@@ -71,12 +61,16 @@ class Converted:
 
 
 class _Opened(NamedTuple):
-    """An open source: its bytes, whose they are, and what of its descriptor is worth keeping."""
+    """An open source: its bytes, whose they are, and what of its descriptor is worth keeping.
+
+    ``cids_hold`` says that the content IDs of its chain tell what is in it.
+    """
 
     source: Source
     files: tuple[Storage, ...]
     warnings: tuple[str, ...]
     disk: Disk | None
+    cids_hold: bool = False
 
 
 def convert(
@@ -87,6 +81,9 @@ def convert(
     source_format: str | None = None,
     create: Mapping[str, Any] | None = None,
     work: Work | None = None,
+    since: str | int | None = None,
+    base: str | os.PathLike[str] | None = None,
+    onto: bool = False,
     **options: Any,
 ) -> Converted:
     """Copy the disk ``source`` to ``target``, which is made new.
@@ -95,15 +92,27 @@ def convert(
     createType, ``raw`` or ``ova``; None takes what its name says.  ``source_format`` says what the source is,
     ``vmdk`` or ``raw`` (see the module).  ``create`` are more fields of CreateOptions, ``options`` those of
     OpenOptions.  Raises VmdkError; then the target is as it was, unless it is a device or an export.
+
+    With ``since``, a link of the source's chain by name or depth, only what may differ from it is copied: to
+    a new VMDK that is a child of ``base``, which holds that link's disk; or ``onto`` a raw file, device or
+    export that holds it.  See ops/increment.py.
     """
     wanted, here = os.fspath(target), os.fspath(source)
     work = work or Work()
-    chosen = _target_kind(wanted, kind)
+    chosen = target_kind(wanted, kind)
+    fields = dict(create or {})
+    if chosen in (RAW, *IN_PLACE) and fields:
+        names = ", ".join(sorted(fields))
+        raise OptionError(wanted, why=f"{names}: only a VMDK has that, and this is to be {chosen}")
+    earlier = _earlier(since, base, onto=onto, target=wanted, kind=chosen)
     with _open_source(here, source_format, options) as opened:
-        for file in opened.files:
-            _refuse_itself(file, wanted)
+        refuse_itself(opened.files, wanted)
         try:
-            made = _write(opened, wanted, chosen, work, dict(create or {}))
+            if earlier is None:
+                made = _write(opened, wanted, chosen, work, fields)
+            else:
+                allowed = tuple(options.get("allow_dirs", ()))
+                made = _write_since(opened, earlier, wanted, chosen, work, fields, allowed)
         except FileExists as error:
             error.hint = "choose another name, or add --force to replace it"
             raise
@@ -123,14 +132,10 @@ def convert(
 
 def _write(opened: _Opened, target: str, chosen: str | None, work: Work, create: dict[str, Any]) -> Made:
     source = opened.source
-    if chosen in (RAW, "device", "nbd") and create:
-        options = ", ".join(sorted(create))
-        raise OptionError(target, why=f"{options}: only a VMDK has that, and this is to be {chosen}")
     match chosen:
-        case "nbd":
-            return Made(_write_nbd(source, target, work))
-        case "device":
-            return Made(_write_to_device(source, target, work))
+        case "nbd" | "device":
+            with open_place(target, chosen, work) as place:
+                return Made(overwrite(source, place, work))
         case "raw":
             return write_raw(source, target, work)
     create = _described(opened.disk, create)
@@ -138,7 +143,81 @@ def _write(opened: _Opened, target: str, chosen: str | None, work: Work, create:
         from nbd_vmdk.ops.ova import write_ova
 
         return write_ova(source, target, work, create)
-    return write_image(source, target, work, {**create, "kind": chosen})
+    # What has the same content has the same content ID: increments know their base by that.
+    cid = known_cid(opened.disk.links[0]) if opened.disk is not None and opened.cids_hold else None
+    return write_image(source, target, work, {**create, "kind": chosen}, cid=cid)
+
+
+class _Earlier(NamedTuple):
+    """An earlier state of the source, and the copy of it that is there: ``base``, or the target itself."""
+
+    link: str | int
+    base: str | None
+
+
+def _earlier(
+    since: str | int | None,
+    base: str | os.PathLike[str] | None,
+    *,
+    onto: bool,
+    target: str,
+    kind: str | None,
+) -> _Earlier | None:
+    """What an incremental copy begins with, None for a full one; OptionError for what makes no sense."""
+    if since is None:
+        if base is not None or onto:
+            given = "--onto" if base is None else "--base"
+            raise OptionError(None, why=f"{given} needs --since: the snapshot that the copy holds already")
+        return None
+    in_place = kind in (RAW, *IN_PLACE)
+    if onto and base is None and in_place:
+        return _Earlier(since, None)
+    if base is not None and not onto and not in_place and kind != "ova":
+        return _Earlier(since, os.fspath(base))
+    if in_place:
+        hint = "add --onto, and no --base, to write the changes over it, which holds the snapshot's state now"
+    else:
+        hint = "add --base, and no --onto, with the full copy or the increment before, to make its child"
+    if kind == "ova":
+        hint = "make it a VMDK"
+    raise OptionError(target, why="it can't be made an incremental copy like this", hint=hint)
+
+
+def _write_since(
+    opened: _Opened,
+    earlier: _Earlier,
+    target: str,
+    kind: str | None,
+    work: Work,
+    create: dict[str, Any],
+    allow_dirs: tuple[str | os.PathLike[str], ...],
+) -> Made:
+    from nbd_vmdk.ops.increment import update, write_increment
+    from nbd_vmdk.ops.since import find_link
+
+    disk = opened.disk
+    if disk is None:
+        raise OptionError(None, why="--since is for a VMDK: nothing else has snapshots")
+    depth = find_link(disk, earlier.link)
+    if depth == 0:
+        why = f"{disk.links[0].name} is the disk itself, and no earlier state of it"
+        raise OptionError(None, why=why, hint="name one of the links below it")
+    if earlier.base is not None:
+        fields = {**create, "kind": kind}
+        return write_increment(
+            disk,
+            depth,
+            target,
+            earlier.base,
+            work,
+            fields,
+            cids_hold=opened.cids_hold,
+            allow_dirs=allow_dirs,
+        )
+    assert kind is not None
+    with open_place(target, kind, work, onto=True) as place:
+        copied = update(disk, depth, place, work)
+    return Made(copied, (target,) if kind == RAW else ())
 
 
 def _described(disk: Disk | None, create: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +243,7 @@ def _described(disk: Disk | None, create: dict[str, Any]) -> dict[str, Any]:
 def _open_source(source: str, given: str | None, options: Mapping[str, Any]) -> Iterator[_Opened]:
     if given not in (None, *FORMATS):
         raise OptionError(None, why=f"{given!r} is no format of a source", hint="choose vmdk or raw")
-    if _URI.match(source):
+    if is_uri(source):
         if given == "vmdk":
             raise OptionError(source, why="an NBD export is always taken as it is")
         from nbd_vmdk.endpoints import NbdEnd  # slow to import, and libnbd may not be there
@@ -172,122 +251,25 @@ def _open_source(source: str, given: str | None, options: Mapping[str, Any]) -> 
         with NbdEnd(source) as end:
             yield _Opened(end, (), (), None)
         return
-    if (given or _guess(source)) == RAW:
+    if (given or guess_format(source, raw_option="--from raw", vmdk_option="--from vmdk")) == RAW:
         folder, name = LocalFolder.for_image(source, allow_devices=True)
         with closing(folder.open(name)) as storage:
+            if not storage.size:
+                raise NotVmdk(source, what=FileKind.EMPTY.value)
             warning = storage.lock(writable=False)
             warnings = (f"{storage.name}: {warning}",) if warning else ()
             yield _Opened(StorageSource(storage), (storage,), warnings, None)
         return
     with open_disk(source, **options) as disk:
         files = tuple(storage for link in disk.links for storage in link.storages)
-        yield _Opened(DiskSource(disk), files, disk.warnings, disk)
+        yield _Opened(DiskSource(disk), files, disk.warnings, disk, _cids_hold(disk, options))
 
 
-def _guess(source: str) -> str:
-    """What a file or device is, as far as that may be told from its name; see the module.
-
-    Raises NotVmdk where only the user can tell.
-    """
-    if _RAW_EXTENT.search(source):
-        what = "the raw data of a disk, which has a descriptor"
-        hint = f"name {_RAW_EXTENT.sub('.vmdk', source)} instead, or add --from raw"
-        raise NotVmdk(source, what=what, hint=hint)
-    if _VMDK_NAME.fullmatch(source) or os.path.isdir(source):
-        return "vmdk"
-    folder, name = LocalFolder.for_image(source, allow_devices=True)
-    with closing(folder.open(name)) as storage:
-        if storage.is_device:
-            return RAW
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
-    kind = identify(head)
-    if kind is FileKind.EMPTY:
-        raise NotVmdk(source, what=kind.value)
-    what, known = (kind.value, "known") if kind is not FileKind.OTHER else describe_other(head)
-    if known is None:
-        return RAW
-    hint = "add --from raw to take its bytes as the disk's"
-    if kind is not FileKind.OTHER:
-        hint += ", or --from vmdk to open it as what it looks like"
-    raise NotVmdk(
-        source,
-        what=f"its content looks like something else ({what}), and its name tells no format",
-        hint=hint,
-    )
-
-
-# Targets.
-
-
-def _target_kind(target: str, kind: str | None) -> str | None:
-    """``nbd``, ``device``, ``raw``, ``ova``, a createType, or None where creating decides."""
-    if _URI.match(target) or _is_device(target):
-        found = "nbd" if _URI.match(target) else "device"
-        if kind not in (None, RAW):
-            raise OptionError(target, why="it gets the disk's bytes as they are, and no other --type")
-        return found
-    if kind is not None:
-        return kind.lower() if kind.lower() in (RAW, "ova") else kind
-    lower = target.lower()
-    if lower.endswith(".ova"):
-        return "ova"
-    if lower.endswith(_RAW_NAMES):
-        return RAW
-    if lower.endswith(".vmdk"):
-        return None
-    raise OptionError(target, why="its name tells no format", hint="add --type raw, or a kind of VMDK")
-
-
-def _is_device(path: str) -> bool:
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    except OSError:
+def _cids_hold(disk: Disk, options: Mapping[str, Any]) -> bool:
+    """Whether nobody went on where they did not agree, and nothing was made a parent that is none."""
+    if options.get("ignore_cid") or options.get("salvage"):
         return False
-
-
-def _refuse_itself(file: Storage, target: str) -> None:
-    """Raise WriteRefused if ``target`` is a file of the source."""
-    try:
-        found = os.stat(target)
-    except OSError:
-        return
-    same = (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
-    if file.identity[: len(same)] == same:
-        raise WriteRefused(target, why="it is a part of the source", hint="choose another target")
-
-
-def _write_to_device(source: Source, target: str, work: Work) -> Copied:
-    if not work.replace:
-        why = "a device is overwritten in place, with all that is on it"
-        raise WriteRefused(target, why=why, hint="add --force if you mean it")
-    folder, name = LocalFolder.for_image(target, allow_devices=True)
-    with closing(folder.open(name, writable=True)) as storage:
-        if not storage.is_device:  # replaced since it was looked at
-            raise FileMissing(target)
-        storage.lock(writable=True)
-        return write_device(source, storage, work)
-
-
-def _write_nbd(source: Source, target: str, work: Work) -> Copied:
-    from nbd_vmdk.endpoints import NbdSink
-
-    with NbdSink(target) as sink:
-        if sink.size < source.size:
-            why = f"it has {sink.size} bytes, and {source.size} are needed"
-            raise StorageError(target, doing="write to the export", why=why)
-        grain = sink.export.minimum_block
-        copied = copy(
-            source,
-            sink,
-            grain=grain,
-            zero_grain=align_up(HOLE_GRAIN, grain),
-            threads=work.threads,
-            progress=work.progress,
-        )
-        sink.flush()
-        if work.verify:
-            compare(source, sink, target, work)
-    return copied
+    return all(link.descriptor is not None and link.descriptor.has_parent for link in disk.links[:-1])
 
 
 def _occupied(files: Iterable[str]) -> int:

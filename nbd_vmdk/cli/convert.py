@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import json_option, open_options
+from nbd_vmdk.cli.opening import as_bytes, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
-from nbd_vmdk.units import format_size, parse_size
+from nbd_vmdk.units import format_size
 
 if TYPE_CHECKING:
     from nbd_vmdk.conversion import Converted
@@ -23,13 +23,6 @@ _CREATE: Final = (
     "preallocation",
     "zeroed_grain",
 )
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
 
 
 @click.command(short_help="Copy a disk to a new image of another kind, a raw file or an NBD export.")
@@ -50,8 +43,10 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 )
 @click.option("--adapter", metavar="ADAPTER", help="The disk's controller; without it that of SRC.")
 @click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.")
-@click.option("--grain-size", callback=_size, metavar="SIZE", help="Bytes of a grain.")
-@click.option("--extent-size", callback=_size, metavar="SIZE", help="Bytes of each extent of a split disk.")
+@click.option("--grain-size", callback=as_bytes, metavar="SIZE", help="Bytes of a grain.")
+@click.option(
+    "--extent-size", callback=as_bytes, metavar="SIZE", help="Bytes of each extent of a split disk."
+)
 @click.option("--preallocation", metavar="HOW", help="For kinds without tables: off, falloc or full.")
 @click.option("--zeroed-grain", is_flag=True, help="Let the new image's tables say zeros (version 2).")
 @click.option(
@@ -59,6 +54,23 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
     "source_format",
     type=click.Choice(("vmdk", "raw")),
     help="Take SRC as that, whatever its name and its first bytes say.",
+)
+@click.option(
+    "--since",
+    metavar="LINK",
+    help="Copy only what may differ from LINK, a snapshot of SRC, by its name or number in the chain.",
+)
+@click.option(
+    "--base",
+    type=click.Path(),
+    metavar="FILE",
+    help="With --since: make DST a child of FILE, which holds what LINK does: a full copy or the increment "
+    "before.",
+)
+@click.option(
+    "--onto",
+    is_flag=True,
+    help="With --since: write the changes over DST, a raw file, device or NBD URI that holds what LINK does.",
 )
 @click.option("--threads", type=click.IntRange(1, 64), metavar="N", help="Threads; by default as fit.")
 @click.option(
@@ -91,12 +103,17 @@ def convert(
 
     SRC is a VMDK, an appliance or a machine with one disk (app.ova:disk1.vmdk is one of several), a raw file,
     a block device or an NBD URI; DST a new VMDK, OVA or raw file, a block device or an NBD URI.  Zeros stay
-    unallocated.  DST appears when it is whole, or not at all; a device
-    or an export is written in place.
+    unallocated.  DST appears when it is whole, or not at all; a device or an export is written in place, and
+    what is on it behind the end of SRC stays.
 
     What SRC is its name tells, not its content, which may be a guest's: a file is opened as a VMDK only if it
-    is called .vmdk, or .ova, .ovf or .vmx; a device or an export is raw, and so is any other file, unless it
-    looks like something else: then --from must say what it is.
+    is called .vmdk, or leads to one, as a folder, a .vmx, .vmsd, .ovf or .ova does; a device or an export is
+    raw, and so is any other file, unless it looks like something else: then --from must say what it is.
+
+    With --since DST is an incremental copy.  Either DST is a new VMDK, a child of the --base, and shows all
+    of SRC together with it; the base is known by its content ID, or with --verify by comparing.  Or DST is
+    raw and brought up to date in place (--onto); if that is stopped, do it again.  With --verify what has
+    to be there already is compared before anything is written.
     """
     from nbd_vmdk.codec import DEFAULT_LEVEL, MAX_LEVEL
     from nbd_vmdk.conversion import convert as run

@@ -9,7 +9,8 @@ streamOptimized is appended to in the order of the disk, deflated by all threads
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,13 @@ from typing import Any, Final
 
 from nbd_vmdk.codec import DEFAULT_LEVEL
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import StorageError, VmdkError, printable
+from nbd_vmdk.errors import StorageError, VmdkError, WriteRefused, printable
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.streamwriter import StreamWriter
-from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
+from nbd_vmdk.link import Link
+from nbd_vmdk.ondisk.descriptor import FRESH_CID, MAX_DESCRIPTOR, NO_PARENT, Descriptor, random_cid
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
-from nbd_vmdk.ops.copy import Copied, Progress, Rest, Source, copy, default_threads
+from nbd_vmdk.ops.copy import Copied, Progress, Rest, Sink, Source, copy, default_threads
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource
 from nbd_vmdk.storage.base import Storage
@@ -112,30 +114,67 @@ def write_raw(source: Source, path: str, work: Work) -> Made:
         return Made(copied, new.publish(main=name))
 
 
-def write_device(source: Source, storage: Storage, work: Work) -> Copied:
-    """Overwrite an open block device with ``source``: zeros too, as nobody knows what is there.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is overwritten in place.
+
+    size     bytes it has
+    sink     what is written to, ``result`` what is read back
+    block    bytes of the smallest write it takes, to which writes are aligned
+    flush    makes what was written durable
+    resize   gives it another size, where that is possible
+    """
+
+    name: str
+    size: int
+    sink: Sink
+    result: Source
+    block: int
+    flush: Callable[[], None]
+    resize: Callable[[int], None] | None = None
+
+    def check_size(self, need: int) -> None:
+        """Raise StorageError if it is smaller than that."""
+        if self.size < need:
+            why = f"it has {self.size} bytes, and {need} are needed"
+            raise StorageError(self.name, doing="write to it", why=why)
+
+
+def overwrite(source: Source, place: Place, work: Work) -> Copied:
+    """Overwrite a place with ``source``: zeros too, as nobody knows what is there.
 
     Raises StorageError if it is too small; what lies behind the source's end stays.
     """
-    if storage.size < source.size:
-        why = f"it has {storage.size} bytes, and {source.size} are needed"
-        raise StorageError(storage.name, doing="write to the device", why=why)
-    sink = StorageSink(storage, fresh=False)
-    copied = copy(source, sink, zero_grain=HOLE_GRAIN, threads=work.threads, progress=work.progress)
-    storage.sync()
+    place.check_size(source.size)
+    copied = copy(
+        source,
+        place.sink,
+        grain=place.block,
+        zero_grain=align_up(HOLE_GRAIN, place.block),
+        threads=work.threads,
+        progress=work.progress,
+    )
+    place.flush()
     if work.verify:
-        compare(source, StorageSource(storage), storage.name, work)
+        compare(source, place.result, place.name, work)
     return copied
 
 
-def write_image(source: Source, path: str, work: Work, create: Mapping[str, Any]) -> Made:
-    """Make ``path`` a VMDK with the bytes of ``source``; ``create`` goes to create_image."""
-    with NewFiles(path, replace=work.replace) as new, _final_names(new.folder, path):
+def write_image(
+    source: Source, path: str, work: Work, create: Mapping[str, Any], *, cid: int | None = None
+) -> Made:
+    """Make ``path`` a VMDK with the bytes of ``source``; ``create`` goes to create_image.
+
+    ``cid`` is its content ID; None draws one.
+    """
+    with NewFiles(path, replace=work.replace) as new, final_names(new.folder, path):
         name = final_name(path, work)
         there = new.path(name)
         padded = source if source.size % SECTOR == 0 else Padded(source)
         created = create_image(there, padded.size, **create)
         copied = fill_image(padded, there, path, work)
+        if cid is not None:
+            set_cid(there, cid, path)
         if work.verify:
             with open_disk(there, locks=False) as disk:
                 compare(padded, DiskSource(disk), path, work)
@@ -158,11 +197,34 @@ def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
 def with_new_cid(head: bytes, header: HostedHeader, label: str) -> bytes:
     """The beginning of a file with a content ID drawn for it: that of a new image says "never written"."""
     at = header.descriptor_sector * SECTOR
-    descriptor = Descriptor.parse(head[at:].partition(b"\0")[0], label)
     patched = bytearray(head)
-    for offset, digits in descriptor.cid_patches(random_cid()):
-        patched[at + offset : at + offset + len(digits)] = digits
+    for offset, digits in _cid_patches(head, at, random_cid(), label):
+        patched[offset : offset + len(digits)] = digits
     return bytes(patched)
+
+
+def set_cid(there: str, cid: int, label: str) -> None:
+    """Give the new image ``there`` the content ID ``cid``, in its place in the descriptor."""
+    with closing(_open_file(there, label)) as storage:
+        head, at = storage.read(0, min(MAX_DESCRIPTOR, storage.size)), 0
+        if head.startswith(b"KDMV"):
+            at = parse_header(head, label).descriptor_sector * SECTOR
+        for offset, digits in _cid_patches(head, at, cid, label):
+            storage.write(digits, offset)
+
+
+def _cid_patches(head: bytes, at: int, cid: int, label: str) -> list[tuple[int, bytes]]:
+    """What to overwrite of a file that begins with ``head`` and has its descriptor at byte ``at``."""
+    descriptor = Descriptor.parse(head[at:].partition(b"\0")[0], label)
+    return [(at + offset, digits) for offset, digits in descriptor.cid_patches(cid)]
+
+
+def known_cid(link: Link) -> int | None:
+    """The content ID of a link, if it has one that tells its content from others.
+
+    An image that says that it was never written may have been, by what keeps no content IDs.
+    """
+    return None if link.cid in (None, FRESH_CID, NO_PARENT) else link.cid
 
 
 def fill_stream(source: Source, storage: Storage, header: HostedHeader, work: Work) -> Copied:
@@ -200,7 +262,7 @@ def compare(source: Source, result: Source, name: str, work: Work) -> None:
 
 
 @contextmanager
-def _final_names(folder: str, path: str) -> Iterator[None]:
+def final_names(folder: str, path: str) -> Iterator[None]:
     """Let errors about files of the temporary ``folder`` name them as they would have been called."""
     try:
         yield
@@ -209,6 +271,17 @@ def _final_names(folder: str, path: str) -> Iterator[None]:
             error.file = os.path.join(os.path.dirname(path), os.path.basename(error.file))
             error.args = (f"{printable(error.file)}: {error.message}",)
         raise
+
+
+def refuse_itself(files: Iterable[Storage], target: str) -> None:
+    """Raise WriteRefused if ``target`` is one of the files that are read."""
+    try:
+        found = os.stat(target)
+    except OSError:
+        return
+    same = (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+    if any(file.identity[: len(same)] == same for file in files):
+        raise WriteRefused(target, why="it is a part of the source", hint="choose another target")
 
 
 def final_name(path: str, work: Work) -> str:

@@ -268,6 +268,12 @@ def _placed(runs: Iterable[tuple[Kind, int]], offset: int) -> Iterator[_Part]:
         offset += length
 
 
+def widened(runs: Iterable[tuple[Kind, int]], start: int, end: int, grain: int) -> Iterator[tuple[Kind, int]]:
+    """The runs of a range without HOLEs, made to begin and end on grains: a grain with any data is data."""
+    for part in _widened(_placed(runs, start), start, end, grain):
+        yield part.kind, part.length
+
+
 def _widened(runs: Iterable[_Part], start: int, end: int, grain: int) -> Iterator[_Part]:
     """The same range, in runs that begin and end on grains: a grain with any data in it is data."""
     done = start

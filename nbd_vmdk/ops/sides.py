@@ -60,20 +60,25 @@ class StorageSource:
 
 
 class StorageSink:
-    """A raw file or device.  ``fresh`` says that it reads as zeros all over, as a new file does."""
+    """A raw file or device.
 
-    def __init__(self, storage: Storage, *, fresh: bool) -> None:
+    ``fresh`` says that it reads as zeros all over, as a new file does; else ``punch`` gives the space of
+    zeros back.  A device keeps it, as somebody chose to give it all of it.
+    """
+
+    def __init__(self, storage: Storage, *, fresh: bool, punch: bool = False) -> None:
         self._storage = storage
         self._fresh = fresh
+        self._zero = storage.punch if punch else storage.zero
 
     def write(self, buf: memoryview, offset: int) -> None:
         """See Sink."""
         self._storage.write(buf, offset)
 
     def zero(self, offset: int, length: int) -> None:
-        """See Sink: a device keeps the space, as somebody chose to give it all of it."""
+        """See Sink."""
         if not self._fresh:
-            self._storage.zero(offset, length)
+            self._zero(offset, length)
 
 
 class Comparer:

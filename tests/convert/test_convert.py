@@ -214,6 +214,36 @@ def test_plain_raw_needs_no_word(tmp_path: Path) -> None:
         convert(tmp_path / "empty.img", tmp_path / "e.vmdk")
 
 
+def test_all_that_leads_to_a_disk(tmp_path: Path) -> None:
+    """A folder, a machine, an appliance with one disk; the words for one of several."""
+    vm = tmp_path / "vm"
+    vm.mkdir()
+    contents = [Content.random(MIB, 1), Content.random(MIB, 2)]
+    for name, content in zip("ab", contents, strict=True):
+        desc.monolithic_sparse(str(vm), name, content)
+    lines = ['scsi0.present = "TRUE"']
+    for number, name in enumerate("ab"):
+        lines += [f'scsi0:{number}.present = "TRUE"', f'scsi0:{number}.fileName = "{name}.vmdk"']
+    (vm / "vm.vmx").write_text("\n".join(lines))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    desc.monolithic_sparse(str(alone), "a", contents[0])
+    convert(vm / "b.vmdk", tmp_path / "app.ova")
+    found = [
+        (f"{vm}/vm.vmx:scsi0:0", 0),
+        (f"{vm}/vm.vmx:b.vmdk", 1),
+        (str(alone), 0),
+        (f"{tmp_path}/app.ova", 1),
+        (f"{tmp_path}/app.ova:app-disk1.vmdk", 1),
+    ]
+    for source, number in found:
+        convert(source, tmp_path / "out.raw", work=Work(replace=True))
+        assert (tmp_path / "out.raw").read_bytes() == contents[number].read(), source
+    for source in (f"{vm}/vm.vmx", f"{vm}/vm.vmx:scsi0:7", str(vm)):
+        with pytest.raises(NotVmdk):
+            convert(source, tmp_path / "other.raw")
+
+
 def test_a_vmdk_by_name_must_be_one(tmp_path: Path) -> None:
     (tmp_path / "a.vmdk").write_bytes(b"\xeb\x63\x90".ljust(64 * KIB, b"\0"))
     with pytest.raises(NotVmdk):
