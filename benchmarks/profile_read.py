@@ -1,13 +1,15 @@
-"""Where the time of a 4 KiB read goes: ``python -m benchmarks.profile_read``.
+"""Where the time of a 4 KiB read or write goes: ``python -m benchmarks.profile_read``.
 
-Three views of random reads on a hosted sparse image in the page cache, each a small table:
+Views of random reads on a hosted sparse image in the page cache, each a small table:
 
 1. The read path built up step by step (plugins/ladder.py), so that each step's cost is a difference.  The
    floor is a plugin in C that does nothing; the last step is what a hop to an asyncio loop would cost, which
    is why the data path has none.
 2. The engine called in this process, without nbdkit: what of it is Python and what is the kernel's preadv.
-3. perf's samples of our server, sorted by the system call or the library that the time was spent in.  Left
-   out where there is no perf (Debian: linux-perf).
+3. perf's samples of our server, sorted by the system call or the library that the time was spent in.
+
+And perf's samples of random writes to new space, on tmpfs.  What perf shows is left out where there is none
+(Debian: linux-perf).
 """
 
 import argparse
@@ -30,7 +32,7 @@ from benchmarks.servers import HERE, KINDS, OURS, RAW, Server, Tuning
 from benchmarks.workloads import Fio
 from nbd_vmdk import open_disk
 from nbd_vmdk.launch import find_nbdkit
-from nbd_vmdk.units import KIB
+from nbd_vmdk.units import KIB, MIB
 
 _DEPTHS = (1, 16)
 _BLOCK = 4 * KIB
@@ -125,12 +127,23 @@ def call_engine(image: Image) -> list[list[str]]:
 # perf.
 
 
-def sample_with_perf(image: Image, tuning: Tuning, seconds: float) -> tuple[str, float]:
-    """What ``perf script`` prints of our server at depth 16, and its CPU time of a request in µs.
+_READS = Fio("randread", _BLOCK, 16)
+_WRITES = Fio("randwrite", _BLOCK, 16, amount=128 * MIB)
+
+
+def sample_writes(image: Image, tuning: Tuning, seconds: float) -> tuple[str, float]:
+    """As :func:`sample_with_perf`, of writes to a copy of an empty image on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        copy = shutil.copy(image.path, folder)
+        command = KINDS[OURS].command(copy, True, tuning)
+        return sample_with_perf(command, _WRITES, image, seconds)
+
+
+def sample_with_perf(command: list[str], fio: Fio, image: Image, seconds: float) -> tuple[str, float]:
+    """What ``perf script`` prints of our server, and its CPU time of a request in µs.
 
     The text is empty where perf may not sample.
     """
-    command = KINDS[OURS].command(image.path, False, tuning)
     with tempfile.TemporaryDirectory() as folder, Server(command) as server:
         server.wait_ready()
         data = os.path.join(folder, "perf.data")
@@ -152,7 +165,7 @@ def sample_with_perf(image: Image, tuning: Tuning, seconds: float) -> tuple[str,
             stderr=subprocess.DEVNULL,
         )
         before = sum(server.cpu())
-        sample = run_fio(Fio("randread", _BLOCK, 16), server, image, seconds)
+        sample = run_fio(fio, server, image, seconds)
         spent = (sum(server.cpu()) - before) / sample["requests"] * 1e6
         watching.terminate()
         watching.wait(30)
@@ -167,6 +180,8 @@ _KERNEL = "kernel"
 #: What libc's functions are called for here.
 _PLACES = {
     "kernel: preadv, the image's bytes": "pread",
+    "kernel: pwrite, the image's bytes and tables": "pwrite",
+    "kernel: ftruncate, growing the file": "truncate",
     "kernel: send, the reply": "send|write",
     "kernel: recv, the request": "recv|read",
     "kernel: futex, locks and the GIL": "futex|lll|cond|mutex|sem",
@@ -226,7 +241,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=Tuning().threads, metavar="N", help="of nbdkit")
     arguments = parser.parse_args()
     tuning = Tuning(arguments.threads)
-    image = Images(os.path.join(FOLDER, "images")).get("sparse")
+    images = Images(os.path.join(FOLDER, "images"))
+    image = images.get("sparse")
     with alone():
         table = climb(image, tuning, arguments.rounds, arguments.seconds)
         _show(f"Step by step, nbdkit with {tuning.threads} threads, 4 KiB random reads:", table)
@@ -234,14 +250,17 @@ def main() -> None:
         if shutil.which("perf") is None:
             print("There is no perf here (Debian: linux-perf), so there are no samples.")
             return
-        text, spent = sample_with_perf(image, tuning, 3 * arguments.seconds)
-    stacks = list(read_stacks(text))
-    if not stacks:
-        print("perf may not sample here, see /proc/sys/kernel/perf_event_paranoid.")
-        return
-    _show("By perf, at depth 16:", shares("where", Counter(map(place_of, stacks)), spent))
-    functions = Counter(f"`{stack[0][0]}` ({stack[0][1]})" for stack in stacks)
-    _show("The functions that most samples fell into:", shares("function", functions, spent, 12))
+        command = KINDS[OURS].command(image.path, False, tuning)
+        reads = sample_with_perf(command, _READS, image, 3 * arguments.seconds)
+        writes = sample_writes(images.get("empty-16g"), tuning, 3 * arguments.seconds)
+    for what, (text, spent) in (("Reads", reads), ("Writes to new space", writes)):
+        stacks = list(read_stacks(text))
+        if not stacks:
+            print("perf may not sample here, see /proc/sys/kernel/perf_event_paranoid.")
+            return
+        _show(f"{what} by perf, at depth 16:", shares("where", Counter(map(place_of, stacks)), spent))
+        functions = Counter(f"`{stack[0][0]}` ({stack[0][1]})" for stack in stacks)
+        _show("The functions that most samples fell into:", shares("function", functions, spent, 12))
 
 
 if __name__ == "__main__":

@@ -105,9 +105,9 @@ class Committer:
         #: How often something was made durable; grows only under the running commit.
         self.commits = 0
         self._described = False  # the content ID is changed, durably
-        self._condition = threading.Condition()
+        self._turn = threading.Lock()  # held by the one commit that is running
         self._next = _Round()  # what a flush that comes now is served by
-        self._running = False
+        self._timing = threading.Lock()
         self._full = False  # a member holds more than its share
         self._latched: VmdkError | None = None
         self._timer: threading.Timer | None = None
@@ -133,7 +133,7 @@ class Committer:
             self._start_timer()
 
     def _start_timer(self) -> None:
-        with self._condition:
+        with self._timing:
             if self._timer is None and not self._closed:
                 timer = threading.Timer(_MAX_AGE, self._on_timer)
                 timer.daemon = True
@@ -144,7 +144,7 @@ class Committer:
                 self._timer = timer
 
     def _on_timer(self) -> None:
-        with self._condition:
+        with self._timing:
             self._timer = None
         try:
             self.flush()
@@ -157,29 +157,32 @@ class Committer:
     @property
     def pending(self) -> bool:
         """Something was written that no commit has made durable yet."""
-        return any(member.touched or any(pages.dirty for pages in member.tables) for member in self._members)
+        for member in self._members:
+            if member.touched:
+                return True
+            for pages in member.tables:
+                if pages.dirty:
+                    return True
+        return False
 
     def flush(self) -> None:
         """Return when all writes that ended before this call are durable; raise what went wrong."""
         self.check()
-        with self._condition:
-            mine = self._next
-            while self._running and not mine.done:
-                self._condition.wait()
+        mine = self._next
+        with self._turn:
+            # Whoever has his turn first of those that waited commits for all of them.
             if mine.done:
                 if mine.error is not None:
                     raise mine.error
                 return
-            self._running, self._next = True, _Round()
-        try:
-            self._commit()
-        except BaseException as error:
-            mine.error = error
-            raise
-        finally:
-            with self._condition:
-                self._running, mine.done = False, True
-                self._condition.notify_all()
+            self._next = _Round()
+            try:
+                self._commit()
+            except BaseException as error:
+                mine.error = error
+                raise
+            finally:
+                mine.done = True
 
     def _commit(self) -> None:
         self.check()
@@ -247,10 +250,22 @@ class Committer:
         self._described = True
 
     def _write_tables(self, pages: Changes, dirty: list[DirtyPage]) -> Storage:
+        """Write tables, and then their twins; what lies one behind the other goes into one call."""
         storage = pages.storage
-        for page in dirty:
-            for at in page.places:
-                storage.write(page.data, at)
+        for copy in range(max((len(page.places) for page in dirty), default=0)):
+            start = end = -1
+            parts: list[bytes] = []
+            for page in dirty:
+                if copy >= len(page.places):
+                    continue
+                at = page.places[copy]
+                if at != end:
+                    if parts:
+                        storage.write(parts[0] if len(parts) == 1 else b"".join(parts), start)
+                    start, parts = at, []
+                parts.append(page.data)
+                end = at + len(page.data)
+            storage.write(b"".join(parts), start)
         return storage
 
     def _sync(self, storages: Sequence[Storage | None]) -> None:
@@ -265,7 +280,7 @@ class Committer:
 
     def close(self) -> None:
         """Stop committing by time; the owner has flushed."""
-        with self._condition:
+        with self._timing:
             self._closed = True
             timer, self._timer = self._timer, None
         if timer is not None:

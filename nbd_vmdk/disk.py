@@ -199,9 +199,8 @@ class Disk:
             if kind is Kind.DATA:
                 _advise(source, at, count)
             elif kind is Kind.PACKED and packed < _MAX_PREFETCH:
-                assert source is not None
                 piece = min(count, _MAX_PREFETCH - packed)
-                source.read_into(memoryview(bytearray(piece)), at)
+                _advise(source, at, piece)
                 packed += piece
             offset += count
 

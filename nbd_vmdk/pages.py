@@ -45,10 +45,6 @@ class Changes(Protocol):
     def dirty(self) -> bool:
         """There are changes that no commit has taken yet."""
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Memory that only a commit frees."""
-
     def take_dirty(self, taken: list[DirtyPage]) -> None:
         """Put copies of all that has changed into ``taken``."""
 
@@ -89,17 +85,20 @@ class Pages:
         self._width = width
         self._typecode = _TYPECODES[width]
         self._locate = locate
-        self._pinned_cost = per_page * width + _OVERHEAD
+        #: Memory that a pinned page takes and the shared cache can't take back.
+        self.pinned_cost = per_page * width + _OVERHEAD
         #: Pages that differ from the disk, or are being written there.
         self.pinned: dict[int, array[int]] = {}
         self._dirty: set[int] = set()
-        self._locks = tuple(threading.Lock() for _ in range(_STRIPES))
+        # A split disk has thousands of extents, and their directories mostly have one page.
+        self._stripes = max(min(_STRIPES, -(-total // per_page)), 1)
+        self._locks = [threading.Lock() for _ in range(self._stripes)]
         #: Stands for every page of zeros, so that an empty disk costs no memory.
         self.empty, self._zeros = _zeros(self._typecode, per_page)
 
     def lock(self, page: int) -> threading.Lock:
         """The lock to hold while a page is changed."""
-        return self._locks[page % _STRIPES]
+        return self._locks[page % self._stripes]
 
     def get(self, page: int) -> "array[int] | None":
         """The page for looking up, or None if it does not exist."""
@@ -159,11 +158,6 @@ class Pages:
     def dirty(self) -> bool:
         """Some page has changes that no commit has taken yet."""
         return bool(self._dirty)
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Memory that the shared cache can't take back."""
-        return len(self.pinned) * self._pinned_cost
 
     def encode(self, table: "array[int]") -> bytes:
         """A page as it stands on disk."""

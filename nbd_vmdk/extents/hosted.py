@@ -55,6 +55,8 @@ class HostedTables(GrainTables):
         """See GrainTables."""
         sector = self.entry(self.directory, number)
         twin = 0 if self.redundant is None else self.entry(self.redundant, number)
+        if sector and twin and self._is_table(sector) and self._is_table(twin):
+            return sector * SECTOR, twin * SECTOR
         places = tuple(entry * SECTOR for entry in (sector, twin) if entry and self._is_table(entry))
         if not places:
             if not sector:

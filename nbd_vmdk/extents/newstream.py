@@ -139,7 +139,6 @@ class NewStreamExtent(WritableExtent):
     type_word = "SPARSE"
     storage: Storage
     lazy = True
-    pinned_bytes = 0  # of what is in memory, committing frees nothing that counts
 
     def __init__(self, storage: Storage, header: HostedHeader, cache: Cache, *, size: int) -> None:
         self.storage = storage

@@ -150,6 +150,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
     """
 
     zero_entry: int | None = None
+    tables: tuple[Pages, ...] = ()
 
     def enable_writing(
         self, places: GrainTables, allocator: Allocator, *, unclean_at: int, was_unclean: bool
@@ -203,7 +204,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         """See WritableExtent."""
         total = len(self._freed) * _FREED_COST
         for pages in self.tables:
-            total += pages.pinned_bytes
+            total += len(pages.pinned) * pages.pinned_cost
         return total
 
     def take_freed(self) -> list[int]:

@@ -45,8 +45,10 @@ class Tables(Protocol):
 class Inflater:
     """Reads guest bytes by inflating the grains that hold them; see extents.base.Source.
 
-    Inflated grains go to the shared cache.  Every way in which a record can be wrong ends in an error that
-    names it: a marker for another grain, a size that can't be, a broken stream, a grain that inflates short.
+    Inflated grains go to the shared cache, but for those that a larger request takes whole: a disk that is
+    read from one end to the other would push everything out and come back to nothing.  Every way in which a
+    record can be wrong ends in an error that names it: a marker for another grain, a size that can't be, a
+    broken stream, a grain that inflates short.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Inflater:
         done, length = 0, len(buf)
         while done < length:
             index, within = divmod(at + done, self._grain)
-            plain = self._cache.young.get(self._key + index) or self._plain(index)
             count = min(self._grain - within, length - done)
+            # Whoever asks for several grains at once reads on, and does not come back to those he got whole.
+            keep = count < self._grain or count == length
+            plain = self._cache.young.get(self._key + index) or self._plain(index, keep=keep)
             piece = memoryview(plain)[within : within + count]
             if len(piece) != count:
                 raise self._damaged(index, f"it inflates to {len(plain)} bytes only")
@@ -82,7 +86,12 @@ class Inflater:
             buf[done : done + count] = piece
             done += count
 
-    def _plain(self, index: int) -> "bytes | bytearray | array[int]":
+    def advise(self, at: int, length: int) -> None:
+        """Bring the grains that hold these bytes into the cache."""
+        for index in range(at // self._grain, -(-(at + length) // self._grain)):
+            self._plain(index, keep=True)
+
+    def _plain(self, index: int, *, keep: bool) -> "bytes | bytearray | array[int]":
         plain = self._cache.get(self._key + index)
         if plain is None:
             number, slot = divmod(index, self._per_table)
@@ -92,7 +101,8 @@ class Inflater:
             # Writers put records one behind the other, so the next entry mostly tells where this one ends.
             following = table[slot + 1] if slot + 1 < len(table) else 0
             plain = self._inflated(index, sector * SECTOR, (following - sector) * SECTOR)
-            self._cache.put(self._key + index, plain)
+            if keep:
+                self._cache.put(self._key + index, plain)
         return plain
 
     def _inflated(self, index: int, at: int, likely: int) -> bytes | bytearray:

@@ -20,6 +20,8 @@ class Storage(ABC):
 
     name: str
     writable: bool = False
+    #: It is thrown away in the end: nothing in it need outlive the system, and sync does nothing.
+    fleeting: bool = False
 
     @property
     @abstractmethod

@@ -41,4 +41,4 @@ class Folder(ABC):
 
     def label(self, name: str) -> str:
         """The path of ``name`` as a user would write it."""
-        return name if name.startswith("/") else f"{self.name}/{name}"
+        return f"{self.name}/{name}"

@@ -185,6 +185,8 @@ class LocalFile(Storage):
     def sync(self) -> None:
         if not self.writable:
             super().sync()
+        if self.fleeting:
+            return
         try:
             os.fdatasync(self._fd)
         except OSError as error:

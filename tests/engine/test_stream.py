@@ -581,3 +581,22 @@ def test_padded_images_are_whole(tmp_path: Path) -> None:
         pad(image.path, -os.path.getsize(image.path) % (64 * KIB))
         shows(image)
         shows(image, salvage=True)
+
+
+def test_which_grains_are_kept(tmp_path: Path) -> None:
+    """What small requests inflate and what is asked for ahead stays; not the whole grains of a large one."""
+    content = Content.random(16 * GRAIN, seed=4, density=1.0)
+    with open_disk(made(tmp_path, content).path) as disk:
+
+        def kept() -> set[int]:
+            key = disk.links[0].extents[0].extent._inflater._key
+            return {entry - key for entry in disk._cache.young if 0 <= entry - key < 16}
+
+        same(disk.pread(4 * GRAIN, GRAIN + 4 * KIB), content.read(GRAIN + 4 * KIB, 4 * GRAIN))
+        assert kept() == {1, 5}  # the ends, which the next request may begin or have begun with
+        same(disk.pread(GRAIN, 7 * GRAIN), content.read(7 * GRAIN, GRAIN))
+        same(disk.pread(4 * KIB, 9 * GRAIN), content.read(9 * GRAIN, 4 * KIB))
+        assert kept() == {1, 5, 7, 9}
+        disk.cache(3 * GRAIN, 11 * GRAIN)
+        assert kept() == {1, 5, 7, 9, 11, 12, 13}
+        same(disk.pread(16 * GRAIN, 0), content.read(0, 16 * GRAIN))
