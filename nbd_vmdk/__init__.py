@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbd_vmdk.errors import VmdkError
 
 if TYPE_CHECKING:
+    from nbd_vmdk.conversion import convert
     from nbd_vmdk.disk import Disk, Run, open_disk
     from nbd_vmdk.extents.base import Kind
     from nbd_vmdk.ops.create import create_image
@@ -26,6 +27,7 @@ __all__ = [
     "Run",
     "VmdkError",
     "__version__",
+    "convert",
     "create_image",
     "open_disk",
     "serve",
@@ -38,6 +40,7 @@ _HOMES = {
     "Kind": "nbd_vmdk.extents.base",
     "OpenOptions": "nbd_vmdk.options",
     "Run": "nbd_vmdk.disk",
+    "convert": "nbd_vmdk.conversion",
     "create_image": "nbd_vmdk.ops.create",
     "open_disk": "nbd_vmdk.disk",
     "serve": "nbd_vmdk.server",

@@ -27,6 +27,7 @@ The text lives on the class; a call site hands over the file and the fields, not
     ├── NotFast               a zero that would not be faster than writing           ENOTSUP
     ├── Difference            two disks that should be equal are not                 EIO, exit 3
     ├── ServerError           nbdkit could not be started, or ended unasked          EIO
+    ├── DeviceError           a device or a mount can't be made, or taken away       EIO
     ├── NbdError              an NBD server said no, or the connection to it is lost the server's
     └── OptionError           what the user asked for makes no sense                 EINVAL, exit 2
 
@@ -283,6 +284,12 @@ class ServerError(VmdkError):
     """The server could not be started, did not answer, or ended without being asked.  Fields: why."""
 
     slug = "server"
+
+
+class DeviceError(VmdkError):
+    """A block device or a mount that could not be made or taken away.  Fields: why."""
+
+    slug = "device"
 
 
 class NbdError(VmdkError):

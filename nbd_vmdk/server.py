@@ -23,7 +23,7 @@ from nbd_vmdk.supervisor import Server, log
 from nbd_vmdk.tls import ServerTls
 
 #: Requests of one connection that nbdkit takes at once; its own default is 16.  2 cores, several runs, 16
-#: against 8: what is cached is read at 0.74 to 1.03 of the rate at depth 16 for 1.1 to 1.3 times the CPU time,
+#: against 8: what is cached is read at 0.74 to 1.03 of the rate at depth 16, for 1.1 to 1.3 of the CPU time,
 #: large reads at 0.92, small writes at 0.76 to 1.02; a flush after each 32 writes does 0.84 to 1.9 times as
 #: well, FUA 0.88 to 1.4.  Where each read waits for 0.1 ms, 4 threads make 8.7, 8 make 20.6 and 16 make 45.9
 #: K/s.  With 4 connections it hardly matters, see threadstates.py.  So 8 lose little that is cached, and who

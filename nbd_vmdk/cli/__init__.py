@@ -6,7 +6,7 @@ runs, so that ``--help`` answers at once.
 Results go to stdout, all else to stderr, as ``error: FILE: what``, ``hint: what to do``, ``warning: what``.
 With ``--json`` an error is one JSON object on stdout as well.  Exit codes: 0 done, 1 failed, 2 the command
 line makes no sense, 3 the image is damaged, 4 only something harmless was found, 5 in use by another
-process, 130 interrupted, 141 the reader of the output went away.
+process, 130 interrupted, 141 the reader of the output went away, 128 and its number after a signal.
 """
 
 import os
@@ -17,17 +17,35 @@ import click
 
 from nbd_vmdk import __version__
 from nbd_vmdk.cli import output
+from nbd_vmdk.cli.attach import attach, detach, mount, umount
 from nbd_vmdk.cli.check import check
+from nbd_vmdk.cli.checksum import checksum
+from nbd_vmdk.cli.clone import clone
+from nbd_vmdk.cli.compact import compact
+from nbd_vmdk.cli.compare import compare
+from nbd_vmdk.cli.completion import PROGRAM, answer, completion
+from nbd_vmdk.cli.convert import convert
 from nbd_vmdk.cli.create import create
+from nbd_vmdk.cli.delete import delete
 from nbd_vmdk.cli.doctor import doctor
 from nbd_vmdk.cli.info import info
 from nbd_vmdk.cli.map import map_
+from nbd_vmdk.cli.read import read
+from nbd_vmdk.cli.rename import rename
 from nbd_vmdk.cli.repair import repair
+from nbd_vmdk.cli.resize import resize
 from nbd_vmdk.cli.serve import serve
+from nbd_vmdk.cli.signals import AskedToEnd, orderly_end
+from nbd_vmdk.cli.snapshot import snapshot
+from nbd_vmdk.cli.stats import stats
+from nbd_vmdk.cli.write import write
 from nbd_vmdk.errors import OptionError, StorageError, VmdkError
 
 INTERRUPTED = 130
 READER_GONE = 141
+
+#: What click raises for a group without a verb.  Before 8.2 it has no such error: it shows the help itself.
+_NOTHING_ASKED: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -52,7 +70,32 @@ def root() -> None:
     """Put any VMware virtual disk (VMDK) on the network with NBD, in place, without converting it."""
 
 
-for _verb in (serve, info, map_, create, check, repair, doctor):
+for _verb in (
+    serve,
+    attach,
+    detach,
+    mount,
+    umount,
+    stats,
+    info,
+    map_,
+    create,
+    convert,
+    compare,
+    checksum,
+    read,
+    write,
+    check,
+    repair,
+    snapshot,
+    resize,
+    compact,
+    rename,
+    clone,
+    delete,
+    doctor,
+    completion,
+):
     root.add_command(_verb)
 
 
@@ -63,12 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.prepare()
     try:
         try:
-            with output.Messages(), root.make_context("nbd-vmdk", chosen) as context:
-                code = root.invoke(context)
+            code: object = answer(root)
+            if code is None:
+                with orderly_end(), output.Messages(), root.make_context(PROGRAM, chosen) as context:
+                    code = root.invoke(context)
         except click.exceptions.Exit as left:
             code = left.exit_code
         sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as empty:
+    except _NOTHING_ASKED as empty:
         click.echo(empty.format_message(), err=True)
         return OptionError.exit_code
     except click.UsageError as wrong:
@@ -79,8 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.abandon()
         return READER_GONE
     except OSError as error:
-        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
-        return _failed(StorageError.of(error, file, "failed"), as_json)
+        if isinstance(error.filename, (str, bytes)):
+            return _failed(StorageError.of(error, os.fsdecode(error.filename), "failed"), as_json)
+        # The engine names the files that it meets errors in, so this one comes from printing.
+        return _failed(StorageError.of(error, "stdout", "write"), as_json)
+    except AskedToEnd as asked:
+        return asked.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     return code if isinstance(code, int) else 0
@@ -89,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(wrong: click.UsageError, as_json: bool) -> int:
     """A command line that click does not understand, told as our own errors are."""
     path = wrong.ctx.command_path if wrong.ctx else "nbd-vmdk"
-    error = OptionError(None, why=wrong.format_message().rstrip("."), hint=f"'{path} --help' tells more")
+    why = " ".join(wrong.format_message().split()).rstrip(".")
+    error = OptionError(None, why=why, hint=f"'{path} --help' tells more")
     return _failed(error, as_json)
 
 
@@ -97,8 +147,11 @@ def _failed(error: VmdkError, as_json: bool) -> int:
     try:
         if as_json:
             output.json_object({"error": error.as_dict()})
-        output.error(error)
         sys.stdout.flush()
     except OSError:
         output.abandon()
+    try:
+        output.error(error)
+    except OSError:
+        pass  # nobody is left to be told
     return error.exit_code

@@ -21,6 +21,8 @@ SCHEMA = 1
 #: Where warnings go, the engine's own and the verbs': the handler below shows them.
 log = logging.getLogger("nbd_vmdk")
 
+#: Those of syslog(3): error, warning, and information for all else.
+_PRIORITIES = {"error": 3, "warning": 4, "hint": 5}
 _COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 
 
@@ -60,12 +62,26 @@ def line(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
+def priority(word: str) -> str:
+    """What says to journald how important a line is, if it is journald that reads (sd-daemon(3))."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return ""
+    try:
+        there = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return ""
+    if stream != f"{there.st_dev}:{there.st_ino}":
+        return ""  # our stderr goes somewhere else
+    return f"<{_PRIORITIES.get(word, 6)}>"
+
+
 def message(word: str, text: str) -> None:
     """One line on stderr: ``word: text``."""
     head = f"{word}:"
     if colourful(sys.stderr):
         head = click.style(head, fg=_COLOURS.get(word), bold=True)
-    sys.stderr.write(f"{head} {clean(text)}\n")
+    sys.stderr.write(f"{priority(word)}{head} {clean(text)}\n")
     sys.stderr.flush()
 
 

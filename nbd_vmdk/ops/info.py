@@ -18,13 +18,13 @@ from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import Link, occupied
+from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
-from nbd_vmdk.opener import read_descriptor
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import MIB, SECTOR
+from nbd_vmdk.vm import locate
 
 _CACHE = MIB
 _DDB_FACTS = {
@@ -47,9 +47,10 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"schema": 1, "filename": os.fspath(path)}
     links: list[Link] = []
     try:
-        folder, name = LocalFolder.for_image(path, chosen.allow_dirs, chosen.allow_devices)
+        found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
     except VmdkError as error:
         return facts | {"error": error.as_dict()}
+    folder, name = found.folder, found.file
     fault: VmdkError | None = None
     try:
         links.extend(follow_chain(folder, name, chosen, Cache(_CACHE)))

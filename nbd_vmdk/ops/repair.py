@@ -25,9 +25,9 @@ from nbd_vmdk.ops.undo import Undo, undo_path, write_undo
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
 from nbd_vmdk.units import MIB
+from nbd_vmdk.vm import locate
 
 
 @dataclass(slots=True)
@@ -174,8 +174,8 @@ def undo_repair(path: str | os.PathLike[str], **options: Any) -> list[str]:
 
 def _opened(path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Folder, str, OpenOptions]:
     chosen = OpenOptions(**options, locks=False, cache_size=MIB)
-    folder, name = LocalFolder.for_image(path, chosen.allow_dirs, chosen.allow_devices)
-    return folder, name, chosen
+    found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
+    return found.folder, found.file, chosen
 
 
 def _lock(held: ExitStack, folder: Folder, name: str, files: Sequence[ImageFile]) -> dict[ImageFile, Storage]:

@@ -157,7 +157,7 @@ def _found(base: Folder, named: Sequence[tuple[PackageDisk, str]]) -> list[Found
         path, fault = base.label(name), None
         try:
             if _SCHEME.match(disk.href):
-                raise Unsupported(base.name, what=f"the disk {disk.href} is not in the appliance")
+                raise Unsupported(disk.href, what="the appliance only names this disk, and does not have it")
             if above not in folders:
                 folders[above] = PackageFolder(base.folder_of(name), limits[above])
             _open_stored(base, name).close()

@@ -7,18 +7,16 @@ from typing import Any, Final
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
+from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import last_component
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
-from nbd_vmdk.opener import open_link, read_descriptor
 from nbd_vmdk.ops.check.context import Context, Progress
 from nbd_vmdk.ops.check.findings import Finding, ImageFile, Repair, Severity
 from nbd_vmdk.ops.check.link import LinkCheck, LinkFacts
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
-from nbd_vmdk.storage.tar import TarFolder, open_tar
 from nbd_vmdk.units import MIB
+from nbd_vmdk.vm import locate
 
 _MAX_SIBLINGS: Final = 1000
 _UNREADABLE: Final = "what the snapshot does not hold itself can't be read"
@@ -83,11 +81,11 @@ def check_image(
     With ``data`` every compressed grain is inflated.  Raises VmdkError only for what is no VMDK at all, can't
     be had, or is of a sort that is not supported; whatever else is wrong is a finding.
     """
-    folder, name = LocalFolder.for_image(path, allow_dirs, allow_devices)
+    found = locate(path, allow_dirs=allow_dirs, allow_devices=allow_devices)
     options = OpenOptions(
         parent=parent, allow_dirs=allow_dirs, allow_devices=allow_devices, locks=False, cache_size=MIB
     )
-    return check_in(folder, name, options, data=data, progress=progress)
+    return check_in(found.folder, found.file, options, data=data, progress=progress)
 
 
 def check_in(
@@ -102,36 +100,11 @@ def check_in(
     """Check the image ``name`` of ``folder``; without ``probe`` nobody looks who else has it open."""
     context = Context(data=data, progress=progress)
     report = Report(folder.label(name), data=data)
-    archive = _archive(folder, name)
-    try:
-        if archive is not None:
-            folder, name = archive
-        _Chain(context, report, folder, name, options, probe=probe).run()
-        if not context.findings.errors:
-            _open_all(context, folder, name, options)
-    finally:
-        if archive is not None:
-            archive[0].close()
+    _Chain(context, report, folder, name, options, probe=probe).run()
+    if not context.findings.errors:
+        _open_all(context, folder, name, options)
     report.findings = context.findings.all()
     return report
-
-
-def _archive(folder: Folder, name: str) -> tuple[TarFolder, str] | None:
-    """The only disk of an archive, None for what is no archive."""
-    storage = folder.open(name)
-    try:
-        if identify(storage.read(0, min(PROBE_LENGTH, storage.size))) is not FileKind.TAR:
-            storage.close()
-            return None
-        inside = open_tar(storage, storage.name)
-        disks = [member for member in inside.names() if member.lower().endswith(".vmdk")]
-        if len(disks) != 1:
-            # Opening says what is wrong with it.
-            open_link(folder, name, OpenOptions(locks=False), Cache(MIB), writable=False).close()
-    except BaseException:
-        storage.close()
-        raise
-    return inside, disks[0]
 
 
 def _open_all(context: Context, folder: Folder, name: str, options: OpenOptions) -> None:
@@ -242,9 +215,12 @@ class _Chain:
         """Where the parent of a link is, None if it has none or it is nowhere."""
         descriptor = None if link.text is None else link.text.descriptor
         if depth == 0 and self._options.parent is not None:
-            return LocalFolder.for_image(
-                self._options.parent, self._options.allow_dirs, self._options.allow_devices
+            found = locate(
+                self._options.parent,
+                allow_dirs=self._options.allow_dirs,
+                allow_devices=self._options.allow_devices,
             )
+            return found.folder, found.file
         if descriptor is None:
             return None
         if not descriptor.has_parent:
