@@ -31,7 +31,7 @@ from benchmarks.machine import FOLDER, alone
 from benchmarks.servers import HERE, KINDS, OURS, RAW, Server, Tuning
 from benchmarks.workloads import Fio
 from nbd_vmdk import open_disk
-from nbd_vmdk.launch import find_nbdkit
+from nbd_vmdk.serving.launch import find_nbdkit
 from nbd_vmdk.units import KIB, MIB
 
 _DEPTHS = (1, 16)

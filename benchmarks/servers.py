@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from benchmarks.machine import FOLDER
-from nbd_vmdk.launch import find_nbdkit, nbdkit_environment
-from nbd_vmdk.server import DEFAULT_THREADS, plugin_path
+from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_environment
+from nbd_vmdk.serving.server import DEFAULT_THREADS, plugin_path
 from nbd_vmdk.units import MIB
 
 #: Seconds until a server that does not answer, or does not end, is given up and killed.

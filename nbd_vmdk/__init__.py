@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from nbd_vmdk.errors import VmdkError
 
 if TYPE_CHECKING:
-    from nbd_vmdk.conversion import convert
+    from nbd_vmdk.converting.conversion import convert
     from nbd_vmdk.disk import Disk, Run, open_disk
     from nbd_vmdk.extents.base import Kind
     from nbd_vmdk.ops.create import create_image
     from nbd_vmdk.options import OpenOptions
-    from nbd_vmdk.server import serve
+    from nbd_vmdk.serving.server import serve
 
 __all__ = [
     "Disk",
@@ -40,10 +40,10 @@ _HOMES = {
     "Kind": "nbd_vmdk.extents.base",
     "OpenOptions": "nbd_vmdk.options",
     "Run": "nbd_vmdk.disk",
-    "convert": "nbd_vmdk.conversion",
+    "convert": "nbd_vmdk.converting.conversion",
     "create_image": "nbd_vmdk.ops.create",
     "open_disk": "nbd_vmdk.disk",
-    "serve": "nbd_vmdk.server",
+    "serve": "nbd_vmdk.serving.server",
 }
 
 

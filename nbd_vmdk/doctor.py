@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from nbd_vmdk.errors import ServerError
-from nbd_vmdk.launch import find_nbdkit, nbdkit_environment
-from nbd_vmdk.server import plugin_path
+from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_environment
+from nbd_vmdk.serving.server import plugin_path
 
 #: The oldest nbdkit that is tested: Debian 12's.
 OLDEST_NBDKIT = (1, 32)

@@ -49,4 +49,4 @@ def _bootstrap() -> None:
 _bootstrap()
 
 # nbdkit looks its callbacks up by name in the file it was given, which is this one.
-from nbd_vmdk.plugin import *  # noqa: E402, F403
+from nbd_vmdk.plugin.callbacks import *  # noqa: E402, F403

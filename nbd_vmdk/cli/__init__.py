@@ -50,7 +50,7 @@ _NOTHING_ASKED: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "
 
 def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from nbd_vmdk.server import plugin_path
+        from nbd_vmdk.serving.server import plugin_path
 
         click.echo(plugin_path())
         context.exit()

@@ -32,7 +32,7 @@ def attach(
     Returns when the device and its partitions are there, and prints their names.  The server stays in the
     background until the device is detached: 'nbd-vmdk detach' does that, and makes sure.
     """
-    from nbd_vmdk import devices
+    from nbd_vmdk.attaching import devices
 
     kernel = devices.Kernel()
     found = devices.attach(
@@ -60,7 +60,7 @@ def attach(
 @click.argument("device")
 def detach(device: str, as_json: bool) -> int:
     """Flush DEVICE, detach it, and wait until the kernel has let go of it and the image is closed."""
-    from nbd_vmdk import devices
+    from nbd_vmdk.attaching import devices
 
     return _ended(device, devices.detach(device, kernel=devices.Kernel()), as_json)
 
@@ -76,7 +76,7 @@ def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: An
 
     The server stays in the background until 'nbd-vmdk umount DIR'.
     """
-    from nbd_vmdk import mounts
+    from nbd_vmdk.attaching import mounts
 
     file = mounts.mount(image, folder, read_only=read_only, options=_words(image, options))
     commands = mounts.next_commands(file, read_only=read_only)
@@ -95,7 +95,7 @@ def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: An
 @click.argument("folder", metavar="DIR", type=click.Path())
 def umount(folder: str, as_json: bool) -> int:
     """Write out what was written to DIR/nbd, unmount DIR, and wait until the image is closed."""
-    from nbd_vmdk import mounts
+    from nbd_vmdk.attaching import mounts
 
     return _ended(folder, mounts.umount(folder), as_json)
 

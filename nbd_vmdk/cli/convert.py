@@ -11,7 +11,7 @@ from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
 
 if TYPE_CHECKING:
-    from nbd_vmdk.conversion import Converted
+    from nbd_vmdk.converting.conversion import Converted
 
 #: Options that describe the new VMDK, as create_image knows them.
 _CREATE: Final = (
@@ -116,7 +116,7 @@ def convert(
     to be there already is compared before anything is written.
     """
     from nbd_vmdk.codec import DEFAULT_LEVEL, MAX_LEVEL
-    from nbd_vmdk.conversion import convert as run
+    from nbd_vmdk.converting.conversion import convert as run
     from nbd_vmdk.ops.convert import Work
 
     if level is not None and level > MAX_LEVEL:

@@ -126,7 +126,7 @@ def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options
     import asyncio
 
     from nbd_vmdk.cli.serving import serve_until_told
-    from nbd_vmdk.tls import ServerTls
+    from nbd_vmdk.serving.tls import ServerTls
 
     encrypted = certificates is not None or psk is not None or verify
     options["tls"] = ServerTls(certificates, psk, verify) if encrypted else None

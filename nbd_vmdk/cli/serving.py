@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nbd_vmdk import server
 from nbd_vmdk.cli import output
-from nbd_vmdk.notify import notify
-from nbd_vmdk.server import Server
+from nbd_vmdk.serving import server
+from nbd_vmdk.serving.notify import notify
+from nbd_vmdk.serving.server import Server
 from nbd_vmdk.units import format_size
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -23,7 +23,7 @@ def stats(server: str, as_json: bool, as_text: bool) -> int:
     """
     if as_json and as_text:
         raise OptionError(None, why="--json and --prometheus are two formats: choose one")
-    from nbd_vmdk import asking
+    from nbd_vmdk.serving import asking
 
     told = asking.ask(server)
     if as_json:
@@ -39,7 +39,7 @@ def stats(server: str, as_json: bool, as_text: bool) -> int:
 
 def table(told: Mapping[str, Any]) -> list[str]:
     """The numbers for people: a row for each kind of request to each export, and a line for the rest."""
-    from nbd_vmdk.asking import quantile
+    from nbd_vmdk.serving.asking import quantile
 
     head = ("EXPORT", "REQUEST", "COUNT", "BYTES", "MEAN", "HALF", "99%", "LONGEST", "ERRORS")
     rows = [head]

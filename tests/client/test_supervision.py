@@ -15,7 +15,7 @@ import pytest
 import nbd_vmdk
 from nbd_vmdk import client
 from nbd_vmdk.errors import NbdError, OptionError, ServerError
-from nbd_vmdk.events import (
+from nbd_vmdk.serving.events import (
     Event,
     EventLog,
     Exited,
@@ -27,9 +27,9 @@ from nbd_vmdk.events import (
     Restarted,
     Restarting,
 )
-from nbd_vmdk.listener import listen_private, listen_tcp
-from nbd_vmdk.restarts import Restart
-from nbd_vmdk.supervisor import Server
+from nbd_vmdk.serving.listener import listen_private, listen_tcp
+from nbd_vmdk.serving.restarts import Restart
+from nbd_vmdk.serving.supervisor import Server
 from tests.client.servers import run
 
 #: Fails to start as soon as there is a file, `bad`.

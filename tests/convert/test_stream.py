@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.codec import MAX_LEVEL
-from nbd_vmdk.conversion import convert
+from nbd_vmdk.converting.conversion import convert
 from nbd_vmdk.errors import StorageError
 from nbd_vmdk.extents import streamwriter
 from nbd_vmdk.extents.streamwriter import StreamWriter

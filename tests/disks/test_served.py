@@ -15,9 +15,9 @@ import pytest
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.errors import FileMissing, OptionError, VmdkError
-from nbd_vmdk.exports import open_exports
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.server import serve
+from nbd_vmdk.plugin.exports import open_exports
+from nbd_vmdk.serving.server import serve
 from tests.disks import content, dictionary, plugged, shown, sparse, stream
 from tests.images import desc, ova
 from tests.images.content import MIB
@@ -119,7 +119,7 @@ def test_a_disk_with_a_smallest_write_says_so(nbdkit: Any, tmp_path: Path) -> No
     plugin = tmp_path / "plugin.py"
     site = f"import os, sys; sys.path[:0] = [{ROOT!r}, os.environ.get('NBD_VMDK_SITE', '')]"
     patch = "from nbd_vmdk.extents.base import WritableExtent; WritableExtent.minimum_block = 4096"
-    plugin.write_text(f"{site}\n{patch}\nfrom nbd_vmdk.plugin import *\n")
+    plugin.write_text(f"{site}\n{patch}\nfrom nbd_vmdk.plugin.callbacks import *\n")
     image = sparse(tmp_path, "disk").path
     for options, smallest in (((), 4096), (("-r",), 1)):
         server: Nbdkit = nbdkit(image, plugin=str(plugin), options=options)

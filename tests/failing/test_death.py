@@ -62,7 +62,7 @@ def test_a_server_that_loses_something_is_found_out(serve: Serve, tmp_path: Any)
     plugin.write_text(
         f"import os, sys\n"
         f"sys.path[:0] = [{ROOT!r}, os.environ.get('NBD_VMDK_SITE', '')]\n"
-        f"from nbd_vmdk.plugin import *\n"
+        f"from nbd_vmdk.plugin.callbacks import *\n"
         f"from nbd_vmdk.commit import Committer\n"
         f"Committer.flush = lambda self: None\n"
     )

@@ -168,7 +168,7 @@ def test_server_ends_beside_a_request_that_takes_long(serve: Serve, tmp_path: An
 SLOW = f"""
 import os, sys, time
 sys.path[:0] = [{ROOT!r}, os.environ.get("NBD_VMDK_SITE", "")]
-from nbd_vmdk.plugin import *
+from nbd_vmdk.plugin.callbacks import *
 from nbd_vmdk.storage.local import LocalFile
 real = LocalFile.write
 def write(self, buf, at):

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.exports import open_exports
 from nbd_vmdk.ondisk.ovf import parse_envelope
 from nbd_vmdk.ondisk.vmsd import parse_snapshots
 from nbd_vmdk.ondisk.vmx import disks_of, node_order, parse_dictionary
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.plugin.exports import open_exports
 from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.vm import find_disks
 from nbd_vmdk.vm.gunzipped import Gunzipped, Points

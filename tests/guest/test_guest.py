@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nbd_vmdk.devices import client_command
+from nbd_vmdk.attaching.devices import client_command
 from tests.guest import Guest
 
 _SIZE = "128M"

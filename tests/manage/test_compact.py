@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.cli import main
-from nbd_vmdk.conversion import convert
+from nbd_vmdk.converting.conversion import convert
 from nbd_vmdk.errors import InUse, VmdkError, WriteRefused
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ops.compact import compact

@@ -241,7 +241,7 @@ def test_cloning_a_chain(tmp_path: Path, kind: str) -> None:
     there.mkdir()
     kind = "vmfs" if kind == "vmfsSparse" else kind
     if kind == "streamOptimized":
-        from nbd_vmdk.conversion import convert
+        from nbd_vmdk.converting.conversion import convert
 
         convert(make_chain(tmp_path)[2], here / BASE, kind=kind)
         links = [here / BASE, make_child(here / BASE)]

@@ -667,7 +667,7 @@ def test_signal_with_a_connection_by_tcp(tmp_path: Any) -> None:
 BROKEN = f"""
 import errno, os, sys
 sys.path[:0] = [{ROOT!r}, os.environ.get("NBD_VMDK_SITE", "")]
-from nbd_vmdk.plugin import *
+from nbd_vmdk.plugin.callbacks import *
 from nbd_vmdk import disk
 from nbd_vmdk.errors import StorageError
 from nbd_vmdk.storage.local import LocalFile

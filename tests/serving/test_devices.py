@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from nbd_vmdk import cli, devices, jobs, open_disk
+from nbd_vmdk import cli, open_disk
+from nbd_vmdk.attaching import devices, jobs
 from nbd_vmdk.errors import DeviceError, InUse, OptionError, ServerError
 from tests.serving import served
 from tests.serving.conftest import MIB

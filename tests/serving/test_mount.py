@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk import jobs, mounts, open_disk
+from nbd_vmdk import open_disk
+from nbd_vmdk.attaching import jobs, mounts
 from nbd_vmdk.cli import main
 from nbd_vmdk.errors import DeviceError
 from tests.serving import served, vmdk

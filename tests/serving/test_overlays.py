@@ -15,11 +15,11 @@ import pytest
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.errors import ContentIdMismatch, OptionError, ParentNotFound
-from nbd_vmdk.exports import open_exports
 from nbd_vmdk.ops.overlay import make_scratch
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.scratch import ScratchFolder, scratch_place
-from nbd_vmdk.server import serve
+from nbd_vmdk.plugin.exports import open_exports
+from nbd_vmdk.serving.scratch import ScratchFolder, scratch_place
+from nbd_vmdk.serving.server import serve
 from nbd_vmdk.vm import locate
 from tests.disks import content, dictionary, plugged, shown, sparse, stream
 from tests.images import desc, ova

@@ -15,10 +15,10 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from nbd_vmdk import listener as listener_module
 from nbd_vmdk.errors import FileMissing, OptionError, StorageError
-from nbd_vmdk.listener import listen_tcp, listen_unix
-from nbd_vmdk.server import ServerTls, serve
+from nbd_vmdk.serving import listener as listener_module
+from nbd_vmdk.serving.listener import listen_tcp, listen_unix
+from nbd_vmdk.serving.server import ServerTls, serve
 from tests.plugin import nbd
 from tests.serving import qemu_size, served, size_of, vmdk
 from tests.serving.certificates import keys

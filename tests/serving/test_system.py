@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from nbd_vmdk import asking
 from nbd_vmdk.cli.stats import table
 from nbd_vmdk.errors import OptionError, StorageError
-from nbd_vmdk.notify import notify
+from nbd_vmdk.serving import asking
+from nbd_vmdk.serving.notify import notify
 from tests.plugin import ROOT, errno_of, nbd
 from tests.serving import command, served, size_of, vmdk
 from tests.serving.conftest import MIB, Tls

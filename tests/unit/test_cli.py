@@ -440,7 +440,7 @@ def launcher(tmp_path: Path) -> Path:
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from nbd_vmdk import server
+        from nbd_vmdk.serving import server
         from nbd_vmdk.cli import main
         from nbd_vmdk.errors import FileMissing
         def check(paths, *_):

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from nbd_vmdk import server as server_module
 from nbd_vmdk.errors import FileMissing, InUse, OptionError, ServerError, StorageError
-from nbd_vmdk.handshake import Export, read_exports
-from nbd_vmdk.listener import Listener, listen_private, listen_tcp, listen_unix
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.server import plugin_config, plugin_path, serve
-from nbd_vmdk.supervisor import Server, _clean
+from nbd_vmdk.serving import server as server_module
+from nbd_vmdk.serving.handshake import Export, read_exports
+from nbd_vmdk.serving.listener import Listener, listen_private, listen_tcp, listen_unix
+from nbd_vmdk.serving.server import plugin_config, plugin_path, serve
+from nbd_vmdk.serving.supervisor import Server, _clean
 
 PLUGIN = """
 import os, sys, time, threading
@@ -264,7 +264,7 @@ def test_own_words_explain_a_failed_start(plugin: Path, caplog: pytest.LogCaptur
         assert listener.path is not None
         assert not os.path.exists(os.path.dirname(listener.path))
 
-    with caplog.at_level(logging.INFO, logger="nbd_vmdk.server"):
+    with caplog.at_level(logging.INFO, logger="nbd_vmdk.serving.server"):
         run(main())
     assert [record.getMessage() for record in caplog.records] == ["from the start"]
 
@@ -274,7 +274,7 @@ def test_a_bug_keeps_its_traceback(plugin: Path, caplog: pytest.LogCaptureFixtur
         with pytest.raises(ServerError, match="did not start: it exited with code 1"):
             await started(listen_private(), plugin, bug=1)
 
-    with caplog.at_level(logging.INFO, logger="nbd_vmdk.server"):
+    with caplog.at_level(logging.INFO, logger="nbd_vmdk.serving.server"):
         run(main())
     assert "ValueError: a bug" in caplog.text
 
@@ -307,7 +307,7 @@ def test_no_plugin_and_no_nbdkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NBDKIT", "/nowhere/nbdkit")
     run(absent())
     monkeypatch.delenv("NBDKIT")
-    monkeypatch.setattr("nbd_vmdk.supervisor.START_TIMEOUT", 0.3)
+    monkeypatch.setattr("nbd_vmdk.serving.supervisor.START_TIMEOUT", 0.3)
     run(silent())
 
 
@@ -393,7 +393,7 @@ def test_a_talkative_server_never_blocks(plugin: Path, caplog: pytest.LogCapture
             await asyncio.sleep(0.05)
         await made.stop()
 
-    with caplog.at_level(logging.INFO, logger="nbd_vmdk.server"):
+    with caplog.at_level(logging.INFO, logger="nbd_vmdk.serving.server"):
         run(main())
     assert sum(record.getMessage() == "x" * 999 for record in caplog.records) == 2000
 
@@ -401,9 +401,9 @@ def test_a_talkative_server_never_blocks(plugin: Path, caplog: pytest.LogCapture
 def test_it_dies_with_its_parent(plugin: Path, tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, sys
-from nbd_vmdk.handshake import Export, read_exports
-from nbd_vmdk.listener import listen_unix
-from nbd_vmdk.supervisor import Server
+from nbd_vmdk.serving.handshake import Export, read_exports
+from nbd_vmdk.serving.listener import listen_unix
+from nbd_vmdk.serving.supervisor import Server
 async def main():
     made = Server(listen_unix({str(tmp_path / "s")!r}), {str(plugin)!r}, [("mark", {str(tmp_path / "m")!r})])
     await made.start()
@@ -559,7 +559,9 @@ def test_the_plugin_for_another_python_is_one_clean_line(
     assert "Traceback" not in done.stderr
 
     async def main() -> None:
-        monkeypatch.setattr("nbd_vmdk.launch.sysconfig.get_path", lambda _: "/x/lib/python3.1/site-packages")
+        monkeypatch.setattr(
+            "nbd_vmdk.serving.launch.sysconfig.get_path", lambda _: "/x/lib/python3.1/site-packages"
+        )
         with pytest.raises(ServerError, match=r"is installed for Python 3\.1") as caught:
             await started(listen_private(), Path(plugin_path()), file="x.vmdk")
         assert "make clean setup" in str(caught.value.hint)

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from nbd_vmdk.attaching.jobs import Job, alone, find_job, run_folder, serve_command, start_job, wait_for
 from nbd_vmdk.errors import DeviceError, InUse, OptionError, StorageError
-from nbd_vmdk.jobs import Job, alone, find_job, run_folder, serve_command, start_job, wait_for
 from nbd_vmdk.units import SECTOR
 
 #: Connections by which the kernel talks to the server, each with a queue of its own.

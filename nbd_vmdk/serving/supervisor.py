@@ -32,15 +32,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbd_vmdk.errors import ServerError, StorageError, VmdkError
-from nbd_vmdk.events import EventLog, Exited, Failed, GaveUp, Line, Ready, Restarted, Restarting
-from nbd_vmdk.handshake import Export, read_exports
-from nbd_vmdk.launch import find_nbdkit, nbdkit_command, nbdkit_environment
-from nbd_vmdk.listener import Listener
-from nbd_vmdk.restarts import Restart
-from nbd_vmdk.tls import ServerTls
+from nbd_vmdk.serving.events import EventLog, Exited, Failed, GaveUp, Line, Ready, Restarted, Restarting
+from nbd_vmdk.serving.handshake import Export, read_exports
+from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_command, nbdkit_environment
+from nbd_vmdk.serving.listener import Listener
+from nbd_vmdk.serving.restarts import Restart
+from nbd_vmdk.serving.tls import ServerTls
 
 #: Where the server's own words go: errors, warnings and all else it says, one record a line.
-log = logging.getLogger("nbd_vmdk.server")
+log = logging.getLogger("nbd_vmdk.serving.server")
 
 #: Seconds until a server that says nothing is given up.  Opening takes milliseconds on a disk of one's own.
 START_TIMEOUT = 60.0

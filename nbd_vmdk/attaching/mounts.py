@@ -10,8 +10,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from nbd_vmdk.attaching.jobs import alone, find_job, run_folder, serve_command, start_job, wait_for
 from nbd_vmdk.errors import DeviceError, InUse, OptionError, StorageError
-from nbd_vmdk.jobs import alone, find_job, run_folder, serve_command, start_job, wait_for
 
 #: The name of the file; nbdfuse's own choice.
 FILE = "nbd"

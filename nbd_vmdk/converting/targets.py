@@ -67,7 +67,7 @@ def open_place(target: str, kind: str, work: Work, *, onto: bool = False) -> Ite
     ``work`` is to replace things; InUse, NbdError, StorageError.
     """
     if kind == "nbd":
-        from nbd_vmdk.endpoints import NbdSink  # slow to import, and libnbd may not be there
+        from nbd_vmdk.converting.endpoints import NbdSink  # slow to import, and libnbd may not be there
 
         with NbdSink(target) as sink:
             sink.fresh = sink.fresh and not onto

@@ -19,17 +19,18 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import nbdkit
 
-from nbd_vmdk import __version__, ending
+from nbd_vmdk import __version__
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
-from nbd_vmdk.errorlog import ErrorLog
 from nbd_vmdk.errors import OptionError, VmdkError, printable
-from nbd_vmdk.exports import Exports, describe, open_exports
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.heap import keep_freed_memory
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.stats import CountedDisk, Stats
-from nbd_vmdk.threadstates import KeptStates
+from nbd_vmdk.plugin import ending
+from nbd_vmdk.plugin.errorlog import ErrorLog
+from nbd_vmdk.plugin.exports import Exports, describe, open_exports
+from nbd_vmdk.plugin.heap import keep_freed_memory
+from nbd_vmdk.plugin.stats import CountedDisk, Stats
+from nbd_vmdk.plugin.threadstates import KeptStates
 from nbd_vmdk.units import MIB, parse_size
 
 __all__ = [

@@ -12,15 +12,15 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nbd_vmdk.address import Address
-from nbd_vmdk.asking import SUFFIX
 from nbd_vmdk.errors import OptionError, ServerError
-from nbd_vmdk.handshake import Export
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.overlays import Overlays
-from nbd_vmdk.restarts import Restart
-from nbd_vmdk.supervisor import Server, log
-from nbd_vmdk.tls import ServerTls
+from nbd_vmdk.serving.address import Address
+from nbd_vmdk.serving.asking import SUFFIX
+from nbd_vmdk.serving.handshake import Export
+from nbd_vmdk.serving.overlays import Overlays
+from nbd_vmdk.serving.restarts import Restart
+from nbd_vmdk.serving.supervisor import Server, log
+from nbd_vmdk.serving.tls import ServerTls
 
 #: Requests of one connection that nbdkit takes at once; its own default is 16.  2 cores, several runs, 16
 #: against 8: what is cached is read at 0.74 to 1.03 of the rate at depth 16, for 1.1 to 1.3 of the CPU time,
@@ -172,7 +172,7 @@ async def _until_stopped(server: Server) -> AsyncIterator[None]:
 
 def plugin_path() -> str:
     """The file that nbdkit loads: ``nbdkit python FILE file=disk.vmdk`` serves without this module."""
-    folder = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     link = os.path.join(os.path.dirname(folder), "plugin.py")
     shim = os.path.join(folder, "nbdkit_shim.py")
     return link if os.path.islink(link) and os.path.samefile(link, shim) else shim
@@ -210,7 +210,7 @@ def _check(
     overlays: Sequence[str],
 ) -> Checked:
     """Open and close the images."""
-    from nbd_vmdk.exports import describe, open_exports
+    from nbd_vmdk.plugin.exports import describe, open_exports
 
     begin = time.monotonic()
     exports = open_exports(paths, options, snapshot=snapshot, skip_broken=skip_broken, overlays=overlays)

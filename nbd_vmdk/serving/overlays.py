@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nbd_vmdk.errors import OptionError, VmdkError
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.scratch import ScratchFolder
+from nbd_vmdk.serving.scratch import ScratchFolder
 
 Path = str | os.PathLike[str]
 

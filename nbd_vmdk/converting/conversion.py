@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
+from nbd_vmdk.converting.targets import IN_PLACE, is_uri, open_place, target_kind
 from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.errors import FileExists, NotVmdk, OptionError
 from nbd_vmdk.ondisk.probe import FileKind
@@ -20,7 +21,6 @@ from nbd_vmdk.ops.formats import RAW, VMDK, guess_format
 from nbd_vmdk.ops.sides import DiskSource, StorageSource
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.targets import IN_PLACE, is_uri, open_place, target_kind
 from nbd_vmdk.units import SECTOR
 
 #: What a user may say a source is.
@@ -246,7 +246,7 @@ def _open_source(source: str, given: str | None, options: Mapping[str, Any]) -> 
     if is_uri(source):
         if given == "vmdk":
             raise OptionError(source, why="an NBD export is always taken as it is")
-        from nbd_vmdk.endpoints import NbdEnd  # slow to import, and libnbd may not be there
+        from nbd_vmdk.converting.endpoints import NbdEnd  # slow to import, and libnbd may not be there
 
         with NbdEnd(source) as end:
             yield _Opened(end, (), (), None)

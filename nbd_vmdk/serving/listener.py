@@ -20,7 +20,7 @@ import tempfile
 from urllib.parse import quote
 
 from nbd_vmdk.errors import InUse, OptionError, StorageError
-from nbd_vmdk.tls import ServerTls
+from nbd_vmdk.serving.tls import ServerTls
 
 #: sun_path holds 108 bytes, the last one a NUL.
 _MAX_SOCKET_PATH = 107

@@ -4,7 +4,14 @@ import os
 from dataclasses import dataclass
 
 from nbd_vmdk.errors import OptionError
-from nbd_vmdk.listener import Listener, given_listener, listen_private, listen_tcp, listen_unix, listen_vsock
+from nbd_vmdk.serving.listener import (
+    Listener,
+    given_listener,
+    listen_private,
+    listen_tcp,
+    listen_unix,
+    listen_vsock,
+)
 
 Path = str | os.PathLike[str]
 

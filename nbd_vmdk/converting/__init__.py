@@ -1,0 +1,1 @@
+"""Copying a disk between everything that can hold one: images, raw files, devices, exports."""

@@ -1,0 +1,1 @@
+"""What runs inside nbdkit: its callbacks, and what they need besides the engine."""

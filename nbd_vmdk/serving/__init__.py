@@ -1,0 +1,1 @@
+"""Servers, seen from outside: nbdkit started, listened for, watched, restarted and ended."""
