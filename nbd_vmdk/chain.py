@@ -204,17 +204,25 @@ def _protect(folder: Folder, name: str, top: Link, options: OpenOptions) -> None
         )
     if options.write_parent or descriptor.cid is None:
         return
+    child = find_child(top.folder, name, descriptor.cid)
+    if child is not None:
+        raise WriteRefused(
+            top.name,
+            why=f"it is the parent of {child}, which writing to it would make invalid",
+            hint=f"open {folder.label(child)}, read this one with -r, or give up the child with "
+            "--write-parent",
+        )
+
+
+def find_child(folder: Folder, name: str, cid: int) -> str | None:
+    """A link in ``folder`` whose parent is the link ``name`` with this content ID, None if there is none."""
     own = last_component(name)
-    for sibling, other in _siblings(top.folder):
+    for sibling, other in _siblings(folder):
         if (
             sibling != own
             and other.has_parent
-            and other.parent_cid == descriptor.cid
+            and other.parent_cid == cid
             and (other.parent_hint is None or last_component(other.parent_hint) == own)
         ):
-            raise WriteRefused(
-                top.name,
-                why=f"it is the parent of {sibling}, which writing to it would make invalid",
-                hint=f"open {folder.label(sibling)}, read this one with -r, or give up the child with "
-                "--write-parent",
-            )
+            return sibling
+    return None

@@ -11,9 +11,11 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
+from nbd_vmdk.chain import find_child
 from nbd_vmdk.converting.targets import IN_PLACE, is_uri, open_place, target_kind
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import FileExists, NotVmdk, OptionError
+from nbd_vmdk.errors import FileExists, NotVmdk, OptionError, WriteRefused
+from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.ops.convert import Made, Work, known_cid, overwrite, refuse_itself, write_image, write_raw
 from nbd_vmdk.ops.copy import Source
@@ -107,6 +109,8 @@ def convert(
     earlier = _earlier(since, base, onto=onto, target=wanted, kind=chosen)
     with _open_source(here, source_format, options) as opened:
         refuse_itself(opened.files, wanted)
+        if work.replace and chosen not in IN_PLACE:
+            _keep_parents(wanted)
         try:
             if earlier is None:
                 made = _write(opened, wanted, chosen, work, fields)
@@ -128,6 +132,21 @@ def convert(
         notes=() if created is None else created.notes,
         warnings=opened.warnings + (() if created is None else created.warnings),
     )
+
+
+def _keep_parents(target: str) -> None:
+    """Refuse to replace a link that others stand on: their grains mean nothing over another disk."""
+    folder, name = LocalFolder.for_image(target)
+    there = read_descriptor(folder, name)
+    if there is None or there.cid is None:
+        return
+    child = find_child(folder, name, there.cid)
+    if child is not None:
+        raise WriteRefused(
+            target,
+            why=f"it is the parent of {child}, which replacing it would make invalid",
+            hint="choose another name, or delete the child first",
+        )
 
 
 def _write(opened: _Opened, target: str, chosen: str | None, work: Work, create: dict[str, Any]) -> Made:
@@ -244,14 +263,16 @@ def _open_source(source: str, given: str | None, options: Mapping[str, Any]) -> 
     if given not in (None, *FORMATS):
         raise OptionError(None, why=f"{given!r} is no format of a source", hint="choose vmdk or raw")
     if is_uri(source):
-        if given == "vmdk":
+        if given == VMDK:
             raise OptionError(source, why="an NBD export is always taken as it is")
+        _refuse_options(source, options)
         from nbd_vmdk.converting.endpoints import NbdEnd  # slow to import, and libnbd may not be there
 
         with NbdEnd(source) as end:
             yield _Opened(end, (), (), None)
         return
     if (given or guess_format(source, raw_option="--from raw", vmdk_option="--from vmdk")) == RAW:
+        _refuse_options(source, options)
         folder, name = LocalFolder.for_image(source, allow_devices=True)
         with closing(folder.open(name)) as storage:
             if not storage.size:
@@ -263,6 +284,14 @@ def _open_source(source: str, given: str | None, options: Mapping[str, Any]) -> 
     with open_disk(source, **options) as disk:
         files = tuple(storage for link in disk.links for storage in link.storages)
         yield _Opened(DiskSource(disk), files, disk.warnings, disk, _cids_hold(disk, options))
+
+
+def _refuse_options(source: str, options: Mapping[str, Any]) -> None:
+    """What says how a VMDK is to be opened means nothing for a row of bytes."""
+    given = [name for name in ("parent", "allow_dirs", "ignore_cid", "salvage") if options.get(name)]
+    if given:
+        option = "--" + given[0].replace("_", "-").removesuffix("s")
+        raise OptionError(source, why=f"{option} is for a VMDK, and this is taken as raw bytes")
 
 
 def _cids_hold(disk: Disk, options: Mapping[str, Any]) -> bool:

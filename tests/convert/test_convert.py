@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbd_vmdk import VmdkError, convert, open_disk
+from nbd_vmdk import VmdkError, convert, create_image, open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.cli.convert import convert as command
 from nbd_vmdk.errors import Difference, FileExists, NotVmdk, OptionError, StorageError, WriteRefused
@@ -172,6 +172,27 @@ def hostile(tmp_path: Path) -> bytes:
     )
     text += b'RW 12 FLAT "secret.img" 0\n'
     return text.ljust(64 * KIB, b"\0")
+
+
+def test_what_others_stand_on_is_not_replaced(tmp_path: Path) -> None:
+    source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+    base, child = str(tmp_path / "base.vmdk"), str(tmp_path / "child.vmdk")
+    convert(source, base)
+    create_image(child, parent=base)
+    before = Path(base).read_bytes()
+    with pytest.raises(WriteRefused, match=r"it is the parent of child\.vmdk"):
+        convert(source, base, work=Work(replace=True))
+    assert Path(base).read_bytes() == before
+    os.unlink(child)
+    convert(source, base, work=Work(replace=True))
+
+
+@pytest.mark.parametrize("option", [{"parent": "x.vmdk"}, {"ignore_cid": True}, {"allow_dirs": ("/",)}])
+def test_raw_bytes_have_no_parent(tmp_path: Path, option: dict[str, Any]) -> None:
+    source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+    with pytest.raises(OptionError, match="is for a VMDK"):
+        convert(source, str(tmp_path / "b.vmdk"), **option)
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["guest.raw", "guest.img", "guest", "guest-flat.vmdk", "guest-f001.vmdk"])
