@@ -171,7 +171,7 @@ def write_image(
         name = final_name(path, work)
         there = new.path(name)
         padded = source if source.size % SECTOR == 0 else Padded(source)
-        created = create_image(there, padded.size, **create)
+        created = create_image(there, padded.size, durable=False, **create)
         copied = fill_image(padded, there, path, work)
         if cid is not None:
             set_cid(there, cid, path)

@@ -105,7 +105,9 @@ def write_ova(source: Source, path: str, work: Work, create: Mapping[str, Any]) 
 
 def _empty_disk(path: str, size: int, create: Mapping[str, Any]) -> tuple[Created, HostedHeader, bytes]:
     """A new disk that was made and removed again: its header, and its bytes up to its first grain."""
-    created = create_image(path, size, **{"product": "ova", **create, "kind": "streamOptimized"})
+    created = create_image(
+        path, size, durable=False, **{"product": "ova", **create, "kind": "streamOptimized"}
+    )
     with open(path, "rb") as file:
         head = file.read()
     os.unlink(path)

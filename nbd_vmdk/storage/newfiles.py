@@ -61,11 +61,20 @@ class NewFiles:
     Raises FileExists when ``target`` is there, unless ``replace``; FileMissing or StorageError when its
     folder can't be had or written.  With ``replace`` a symbolic link stands for the file it leads to, and
     InUse is raised, here or by publish(), for a file that another process uses; ``held`` says that the caller
-    holds their locks.
+    holds their locks.  Without ``durable`` nothing is synced: the folder of the target is itself one that its
+    maker has yet to publish.
     """
 
-    def __init__(self, target: str | os.PathLike[str], *, replace: bool = False, held: bool = False) -> None:
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        held: bool = False,
+        durable: bool = True,
+    ) -> None:
         self.target = os.fspath(target)
+        self._durable = durable
         self._replace = replace
         self._held = held
         self._locked: dict[str, LocalFile] = {}
@@ -238,7 +247,8 @@ class NewFiles:
             try:
                 if old:
                     _dress(fd, self._label(name), old)
-                os.fsync(fd)
+                if self._durable:
+                    os.fsync(fd)
                 return _Move(name, _identity(os.fstat(fd)), old is not None)
             finally:
                 os.close(fd)
@@ -247,7 +257,8 @@ class NewFiles:
 
     def _sync_folder(self) -> None:
         try:
-            os.fsync(self._into)
+            if self._durable:
+                os.fsync(self._into)
         except OSError as error:
             raise StorageError.of(error, self._place or os.curdir, "sync the folder") from error
 

@@ -75,13 +75,15 @@ def create_image(
     size: int | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    durable: bool = True,
     **options: Any,
 ) -> Created:
     """Make the empty image ``path`` of ``size`` bytes; a child or a custom disk knows its size by itself.
 
     Keywords are the fields of :class:`~nbd_vmdk.ops.create.options.CreateOptions`.  ``progress`` is told the
     bytes done and of how many, where everything is written out.  All files appear at once, and none in the
-    place of another; when anything fails there are none.
+    place of another; when anything fails there are none.  Without ``durable`` they are not synced: the caller
+    will do that.
 
     Raises OptionError for what makes no sense or can't be, FileExists, StorageError, and for a parent or an
     extent that is there all that opening one raises.
@@ -93,7 +95,7 @@ def create_image(
     if not os.path.basename(target) or "\0" in target:
         raise OptionError(None, why=f"{target!r} is no file name")
     with held_parent(target, chosen) as parent:
-        return create_planned(target, size, chosen, parent, progress)
+        return create_planned(target, size, chosen, parent, progress, durable=durable)
 
 
 def create_planned(
@@ -102,10 +104,12 @@ def create_planned(
     options: CreateOptions,
     parent: Parent | None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    durable: bool = True,
 ) -> Created:
     """Make an image whose parent, if it has one, has been looked at."""
     plan = make_plan(target, size, options, parent)
-    files = _make(plan, target, progress)
+    files = _make(plan, target, progress, durable=durable)
     return Created(
         path=target,
         create_type=plan.kind.name,
@@ -120,7 +124,9 @@ def create_planned(
     )
 
 
-def _make(plan: Plan, target: str, progress: Callable[[int, int], None] | None) -> tuple[MadeFile, ...]:
+def _make(
+    plan: Plan, target: str, progress: Callable[[int, int], None] | None, *, durable: bool
+) -> tuple[MadeFile, ...]:
     total = sum(file.slow for file in plan.files)
     done = 0
 
@@ -130,7 +136,7 @@ def _make(plan: Plan, target: str, progress: Callable[[int, int], None] | None) 
         if progress is not None:
             progress(done, total)
 
-    with NewFiles(target) as new:
+    with NewFiles(target, durable=durable) as new:
         for file in plan.files:
             new.check_free(file.name)
         lengths = {file.name: file.make(new, plan.text, told) for file in plan.files}
