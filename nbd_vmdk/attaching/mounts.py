@@ -4,6 +4,7 @@ nbdfuse is the command of a ``serve --run``, so the server lasts exactly as long
 guestfish and whatever else takes a raw disk take that file.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,8 @@ from nbd_vmdk.errors import DeviceError, InUse, OptionError, StorageError
 #: The name of the file; nbdfuse's own choice.
 FILE = "nbd"
 
+#: What the kernel says of a mount whose server is gone, and of one whose server fails.
+_DEAD = frozenset({errno.ENOTCONN, errno.EIO, errno.ECONNABORTED})
 #: Seconds until the mount must be gone.
 _PATIENCE = 30.0
 
@@ -28,10 +31,10 @@ def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence
     """
     path = os.path.abspath(folder)
     _need_fuse()
-    if not os.path.isdir(path):
-        raise OptionError(folder, why="is no folder", hint=f"make it first: mkdir {folder}")
     if _mounted(path):
         raise InUse(folder, how="something is mounted there", hint=f"nbd-vmdk umount {folder}")
+    if not os.path.isdir(path):
+        raise OptionError(folder, why="is no folder", hint=f"make it first: mkdir {folder}")
     if os.listdir(path):
         raise OptionError(folder, why="is not empty", hint="what is in it would not be seen: make a new one")
     fuse = ["nbdfuse", *(["-r"] if read_only else []), path]
@@ -95,9 +98,10 @@ def _name(path: str) -> str:
 def _mounted(path: str) -> bool:
     """Whether something is mounted there; a mount whose server died counts, and answers nothing."""
     try:
-        return os.path.ismount(path)
-    except OSError:
-        return True
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in _DEAD  # ismount() takes any error for "no"
+    return os.path.ismount(path)
 
 
 def _need_fuse() -> None:

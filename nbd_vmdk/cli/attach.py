@@ -70,7 +70,7 @@ def detach(device: str, as_json: bool) -> int:
 @open_options
 @json_option
 @click.argument("image", metavar="IMAGE|URI")
-@click.argument("folder", metavar="DIR", type=click.Path())
+@click.argument("folder", metavar="DIR", type=click.Path(readable=False))
 def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: Any) -> int:
     """Show the disk of IMAGE, or of an NBD URI, as the raw file DIR/nbd, and print its name.
 
@@ -92,7 +92,7 @@ def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: An
 
 @click.command(short_help="Take a mount away, cleanly, and wait until the image is closed.")
 @json_option
-@click.argument("folder", metavar="DIR", type=click.Path())
+@click.argument("folder", metavar="DIR", type=click.Path(readable=False))
 def umount(folder: str, as_json: bool) -> int:
     """Write out what was written to DIR/nbd, unmount DIR, and wait until the image is closed."""
     from nbd_vmdk.attaching import mounts
