@@ -1,6 +1,5 @@
 """``nbd-vmdk snapshot``: make child links, show their tree, merge, move and remove them."""
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -81,9 +80,6 @@ def create(image: str, child: str | None, as_json: bool, **options: Any) -> int:
     sys.stdout.flush()
     output.message("hint", f"write to {made.path} from now on: writing to {image} makes the child invalid")
     is_clone = made.parent is not None and "/" in made.parent
-    if made.parent is not None and made.parent.startswith(("../", "/")):
-        folder = os.path.dirname(os.path.realpath(image))
-        output.message("hint", f"its parent is in another folder: opening it takes --allow-dir {folder}")
     for user in users_of(image):
         now = "a child of its own, made beside it" if is_clone else made.path
         output.message("hint", f"{user} names {image}: it must name {now} from now on")

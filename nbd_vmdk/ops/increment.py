@@ -47,8 +47,9 @@ from nbd_vmdk.ops.convert import (
 )
 from nbd_vmdk.ops.copy import Copied, copy, widened
 from nbd_vmdk.ops.create import Created, CreateOptions, create_planned
+from nbd_vmdk.ops.create.child import hosted_child_kind, is_elsewhere, parent_hint
 from nbd_vmdk.ops.create.options import find_kind
-from nbd_vmdk.ops.create.parent import held_parent, way_to
+from nbd_vmdk.ops.create.parent import held_parent
 from nbd_vmdk.ops.rewrite import real_path
 from nbd_vmdk.ops.sides import Comparer, DiskSource
 from nbd_vmdk.ops.since import changed_since
@@ -242,15 +243,14 @@ def _create(there: str, place: str, below: Disk, size: int, create: dict[str, An
     """The empty child, of the disk's size whatever that of its parent is; it will stand in ``place``."""
     top = below.links[0]
     if create.get("kind") is None and create.get("product") is None:
-        is_split = "gbmaxextent" in top.create_type.lower()
-        create["kind"] = "twoGbMaxExtentSparse" if is_split else "monolithicSparse"
+        create["kind"] = hosted_child_kind(top.create_type)
     if create.get("product") is None and find_kind(create["kind"]).word == "SPARSE":
         create.setdefault("zeroed_grain", True)  # zeros that hide older data then take no space
     warnings = []
     if isinstance(top.folder, LocalFolder):
         found = real_path(top.storages[0])
-        create["parent_hint"] = hint = way_to(place, found)
-        if "/" in hint:
+        create["parent_hint"] = hint = parent_hint(found, place)
+        if is_elsewhere(hint):
             folder = os.path.dirname(found)
             warnings.append(f"the base is in another folder: opening the copy takes --allow-dir {folder}")
     if size != below.size:

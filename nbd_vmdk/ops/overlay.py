@@ -11,14 +11,14 @@ import os
 from dataclasses import replace
 
 from nbd_vmdk.disk import Disk, open_found
-from nbd_vmdk.errors import InUse, OptionError, Unsupported
+from nbd_vmdk.errors import OptionError, Unsupported
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import NO_PARENT
 from nbd_vmdk.ops.create import CreateOptions, create_planned
-from nbd_vmdk.ops.create.parent import Parent, way_to
+from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
+from nbd_vmdk.ops.create.parent import Parent, parent_in, refuse_written
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.locks import vmware_lock
 from nbd_vmdk.vm import FoundDisk, locate
 
 #: What no name in a descriptor has; one in an archive is only for people to read.
@@ -47,32 +47,19 @@ def make_overlay(path: str, found: FoundDisk, options: OpenOptions) -> list[str]
                 what="it has no content ID that an overlay could hold on to",
                 hint="--scratch writes to one that is thrown away; or convert the disk",
             )
-        users = [vmware_lock(top.folder, os.path.basename(top.name))]
-        users += [file.writer() for file in top.storages]
-        for user in users:
-            if user:
-                hint = "an overlay needs a disk that nobody changes any more"
-                raise InUse(top.name, how=user, hint=hint)
+        refuse_written(top, hint="an overlay needs a disk that nobody changes any more")
         warnings = []
         if isinstance(top.folder, LocalFolder):
-            way = way_to(os.path.dirname(path), found.path)
-            if "/" in way:
+            way = parent_hint(found.path, os.path.dirname(path))
+            if is_elsewhere(way):
                 where = os.path.dirname(os.path.realpath(found.path))
                 warnings.append(f"{path}: opening it by itself takes --allow-dir {where}")
         else:
             way = found.alone or found.path
             warnings.append(f"{path}: opening it by itself takes --parent {way}")
-            way = way_to(os.path.dirname(path), way)
+            way = parent_hint(way, os.path.dirname(path))
             way = "".join("_" if letter in _UNFIT else letter for letter in way)
-        parent = Parent(
-            name=top.name,
-            hint=way,
-            size=disk.size,
-            cid=top.cid,
-            create_type=top.create_type,
-            depth=len(disk.links),
-        )
-        made = create_planned(path, None, CreateOptions(kind="monolithicSparse"), parent)
+        made = create_planned(path, None, CreateOptions(kind="monolithicSparse"), parent_in(disk, way))
         return warnings + list(made.warnings)
 
 
@@ -93,11 +80,4 @@ def _scratch_parent(disk: Disk) -> Parent | None:
     top = disk.links[0]
     if top.cid is None or top.cid == NO_PARENT:
         return None
-    return Parent(
-        name=top.name,
-        hint="scratch",
-        size=disk.size,
-        cid=top.cid,
-        create_type=top.create_type,
-        depth=len(disk.links),
-    )
+    return parent_in(disk, "scratch")

@@ -339,16 +339,21 @@ def test_a_child_is_as_large_as_its_parent(tmp_path: Path) -> None:
 def test_a_parent_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "child" / "deep").mkdir(parents=True)
-    (tmp_path / "short").symlink_to("child/deep")
+    (tmp_path / "short").symlink_to("child")
     create_image(tmp_path / "base" / "a b.vmdk", MIB)
     (tmp_path / "base" / "link.vmdk").symlink_to("a b.vmdk")
     monkeypatch.chdir(tmp_path / "base")
     made = create_image("../short/child.vmdk", parent="link.vmdk")
-    assert made.parent == "../../base/a b.vmdk"
+    assert made.parent == "../base/a b.vmdk"
     assert "--allow-dir" in made.warnings[0]
     with open_disk("../short/child.vmdk", allow_dirs=(tmp_path / "base",)) as disk:
         assert len(disk.links) == 2
-    assert qemu_info("../short/child.vmdk")["backing-filename"] == "../../base/a b.vmdk"
+    assert qemu_info("../short/child.vmdk")["backing-filename"] == "../base/a b.vmdk"
+    made = create_image("../child/deep/far.vmdk", parent="link.vmdk")  # which may be moved alone
+    assert made.parent == str(tmp_path / "base" / "a b.vmdk")
+    assert "--allow-dir" in made.warnings[0]
+    with open_disk("../child/deep/far.vmdk", allow_dirs=(tmp_path / "base",)) as disk:
+        assert len(disk.links) == 2
     made = create_image("here.vmdk", parent="a b.vmdk", parent_hint="a b.vmdk")
     assert made.warnings == ()
     made = create_image("../above.vmdk", parent="a b.vmdk")  # it may name what its own folder holds

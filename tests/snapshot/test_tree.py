@@ -15,11 +15,13 @@ import pytest
 from nbd_vmdk import open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.errors import FileExists, InUse, OptionError, TrustError, Unsupported, VmdkError, WriteRefused
+from nbd_vmdk.ops.create import create_image
+from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.snapshot.commit import commit
 from nbd_vmdk.ops.snapshot.create import create_child
 from nbd_vmdk.ops.snapshot.delete import delete_link
 from nbd_vmdk.ops.snapshot.listing import list_links
-from nbd_vmdk.ops.snapshot.names import next_child, next_clone, parent_hint
+from nbd_vmdk.ops.snapshot.names import next_child, next_clone
 from tests.images import desc
 from tests.images.content import Content
 from tests.snapshot import (
@@ -50,6 +52,10 @@ from tests.snapshot import (
         ("twoGbMaxExtentFlat", None, "twoGbMaxExtentSparse"),
         ("vmfs", None, "vmfsSparse"),
         ("vmfs", "esxi", "vmfsSparse"),
+        ("vmfs", "workstation", "monolithicSparse"),
+        ("twoGbMaxExtentFlat", "workstation", "twoGbMaxExtentSparse"),
+        ("twoGbMaxExtentFlat", "qemu", "monolithicSparse"),
+        ("twoGbMaxExtentFlat", "esxi", "vmfsSparse"),
     ],
 )
 def test_the_kind_that_fits(tmp_path: Path, parent: str, product: str | None, child: str) -> None:
@@ -60,6 +66,7 @@ def test_the_kind_that_fits(tmp_path: Path, parent: str, product: str | None, ch
     assert Path(made.path) == tmp_path / MIDDLE
     assert made.parent == BASE
     assert shows(Path(made.path)) == shows(base)
+    assert create_image(tmp_path / "other.vmdk", parent=base, product=product).create_type == child
 
 
 @needs_qemu
@@ -89,14 +96,21 @@ def test_the_next_clone() -> None:
 
 
 def test_how_a_parent_is_named(tmp_path: Path) -> None:
-    for name in ("a/b", "c"):
+    for name in ("a/b", "c/d"):
         (tmp_path / name).mkdir(parents=True)
     parent = str(tmp_path / "a" / "disk.vmdk")
-    assert parent_hint(parent, str(tmp_path / "a")) == "disk.vmdk"
-    assert parent_hint(parent, str(tmp_path / "c")) == "../a/disk.vmdk"
-    assert parent_hint(parent, str(tmp_path / "a" / "b")) == "../disk.vmdk"
-    assert parent_hint(parent, str(tmp_path)) == "a/disk.vmdk"
-    assert parent_hint(parent, "/proc") == parent
+    for folder, hint, elsewhere in (
+        ("a", "disk.vmdk", False),
+        ("c", "../a/disk.vmdk", True),
+        ("a/b", "../disk.vmdk", True),
+        ("", "a/disk.vmdk", False),
+        ("c/d", parent, True),
+        ("/proc", parent, True),
+    ):
+        assert parent_hint(parent, str(tmp_path / folder)) == hint
+        assert is_elsewhere(hint) is elsewhere
+    with pytest.raises(OptionError, match="path of Windows"):
+        parent_hint(str(tmp_path / "a" / "\\disk.vmdk"), str(tmp_path / "a"))
 
 
 def test_protecting_the_parent(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """The parent of a new child link: opened for reading, looked at, kept as it is until the child is made."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nbd_vmdk.chain import MAX_LINKS
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import ChainTooDeep, InUse, OptionError, Unsupported
-from nbd_vmdk.ondisk.descriptor import NO_PARENT, is_absolute
+from nbd_vmdk.errors import ChainTooDeep, InUse, Unsupported
+from nbd_vmdk.link import Link
+from nbd_vmdk.ondisk.descriptor import NO_PARENT
+from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.create.options import CreateOptions
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
@@ -16,13 +18,19 @@ from nbd_vmdk.storage.locks import vmware_lock
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """What a child needs to know: ``hint`` is how it names its parent, ``depth`` counts what is below it."""
+    """What a child needs to know.
+
+    hint   how it names its parent
+    words  the types of that one's extents
+    depth  the links below the child
+    """
 
     name: str
     hint: str
     size: int
     cid: int
     create_type: str
+    words: tuple[str, ...] = ()
     depth: int
     warnings: list[str] = field(default_factory=list)
 
@@ -58,33 +66,37 @@ def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
         raise Unsupported(top.name, what=what, hint="unpack the archive first")
     if len(disk.links) >= MAX_LINKS:
         raise ChainTooDeep(top.name, why=f"{len(disk.links)} links are as many as there can be")
-    users = [vmware_lock(top.folder, os.path.basename(top.name)), *(file.writer() for file in top.storages)]
-    for user in users:
-        if user:
-            raise InUse(top.name, how=user, hint="a child needs a parent that nobody changes any more")
+    refuse_written(top, hint="a child needs a parent that nobody changes any more")
     way = options.parent_hint
     warnings = list(disk.warnings)
     if way is None:
-        way = way_to(os.path.dirname(path), os.fspath(options.parent))
-        if way.startswith("../"):  # what is in folders of its own folder the child may name
+        way = parent_hint(os.fspath(options.parent), os.path.dirname(path))
+        if is_elsewhere(way):
             where = os.path.dirname(os.path.realpath(options.parent))
             warnings.append(f"the parent is in another folder: opening the child takes --allow-dir {where}")
+    return parent_in(disk, way, warnings)
+
+
+def refuse_written(link: Link, *, hint: str) -> None:
+    """Raise InUse, with this hint, while somebody writes ``link``."""
+    users = [vmware_lock(link.folder, os.path.basename(link.name))]
+    users += [file.writer() for file in link.storages]
+    for user in users:
+        if user:
+            raise InUse(link.name, how=user, hint=hint)
+
+
+def parent_in(disk: Disk, hint: str, warnings: Iterable[str] = ()) -> Parent:
+    """The open ``disk``, whose top link has a content ID, as the parent that a child names by ``hint``."""
+    top = disk.links[0]
+    assert top.cid is not None
     return Parent(
         name=top.name,
-        hint=way,
+        hint=hint,
         size=disk.size,
         cid=top.cid,
         create_type=top.create_type,
+        words=() if top.descriptor is None else tuple(line.type for line in top.descriptor.extents),
         depth=len(disk.links),
-        warnings=warnings,
+        warnings=list(warnings),
     )
-
-
-def way_to(folder: str, parent: str | bytes) -> str:
-    """The way from the child's folder to its parent, links resolved: it must hold wherever both are moved."""
-    real = os.fsdecode(os.path.realpath(parent))
-    way = os.path.relpath(real, os.path.realpath(folder or os.curdir))
-    if is_absolute(way):
-        why = "a name that begins with a backslash is taken for a path of Windows"
-        raise OptionError(real, why=why, hint="rename the parent first")
-    return way

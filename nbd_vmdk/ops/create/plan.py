@@ -29,6 +29,7 @@ from nbd_vmdk.ondisk.descriptor_build import (
 )
 from nbd_vmdk.ondisk.descriptor_text import HEX32
 from nbd_vmdk.ops.create import products
+from nbd_vmdk.ops.create.child import child_kind
 from nbd_vmdk.ops.create.custom import Parts, read_parts
 from nbd_vmdk.ops.create.files import NewFile, cowd_file, flat_file, sparse_file, stream_file, text_file
 from nbd_vmdk.ops.create.options import CUSTOM, KINDS, PREALLOCATIONS, CreateOptions, Kind, find_kind
@@ -103,16 +104,9 @@ def _choose_kind(
         return find_kind(options.kind)
     if options.extents:
         return CUSTOM
-    if product is not None:
-        return KINDS[products.choose_kind(product, child=parent is not None, note=note)]
     if parent is not None:
-        # A snapshot is of its parent's family, as the product would make it.
-        family = parent.create_type.lower()
-        if family.startswith(("vmfs", "sesparse")):
-            return KINDS["vmfsSparse"]
-        if "gbmaxextent" in family:
-            return KINDS["twoGbMaxExtentSparse"]
-    return KINDS["monolithicSparse"]
+        return KINDS[child_kind(parent.create_type, parent.words, product, note=note)]
+    return KINDS["monolithicSparse" if product is None else products.choose_kind(product, note=note)]
 
 
 def _check_options(kind: Kind, options: CreateOptions) -> None:

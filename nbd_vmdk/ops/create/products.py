@@ -21,6 +21,7 @@ Tell = Callable[[str], None]
 DEFAULT_HWVERSION: Final = 10
 _MAX_VMWARE_GRAIN: Final = 64 * KIB
 _VMWARE_SNAPSHOTS: Final = 32
+_SPLIT_CHILD: Final = "twoGbMaxExtentSparse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Product:
 
     kind, why        what a new disk is made as, and why
     child, child_why the same for a child link; None says that it can't have one, and why
+    splits_children  a child of a split disk is split
     most             the largest disk in bytes that it runs, None if that is no matter
     words            the types of extents that it reads, None if it reads all that are made
     most_extents     how many of them, None if that is no matter
@@ -41,6 +43,7 @@ class Product:
     why: str
     child: str | None
     child_why: str
+    splits_children: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     disliked: Mapping[str, str] = field(default_factory=dict)
     most: int | None = None
@@ -63,6 +66,7 @@ PRODUCTS: Final = {
         why="Workstation, Fusion and Player run it in place, and the file grows with its content",
         child="monolithicSparse",
         child_why="it is what Workstation makes as a snapshot of a disk in one file",
+        splits_children=True,
         disliked={
             "streamOptimized": "Workstation imports a compressed disk, and runs no machine on it",
             "vmfs": "Workstation opens this kind, and makes none: it is ESXi's",
@@ -137,13 +141,19 @@ def find_product(name: str) -> Product:
     return found
 
 
-def choose_kind(product: Product, *, child: bool, note: Tell) -> str:
-    """The kind that a product is given; OptionError if it can have no child link."""
-    if not child:
-        note(f"made as {product.kind}: {product.why}")
-        return product.kind
+def choose_kind(product: Product, *, note: Tell) -> str:
+    """The kind of a new disk that a product is given."""
+    note(f"made as {product.kind}: {product.why}")
+    return product.kind
+
+
+def choose_child(product: Product, *, split: bool, note: Tell) -> str:
+    """The kind of child link that it is given, of a ``split`` disk or not; OptionError if it takes none."""
     _need_child(product)
     assert product.child is not None
+    if split and product.splits_children:
+        note(f"made as {_SPLIT_CHILD}: {product.title} makes snapshots of a split disk so")
+        return _SPLIT_CHILD
     note(f"made as {product.child}: {product.child_why}")
     return product.child
 

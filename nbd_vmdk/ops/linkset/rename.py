@@ -31,13 +31,14 @@ from nbd_vmdk.look import find_owner, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.ops.copy import Progress
+from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.linkset.copying import Copier
 from nbd_vmdk.ops.linkset.names import is_embedded, new_names, target_path, with_names
 from nbd_vmdk.ops.linkset.removing import left_of, remove_set
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.namefile import add_name, drop_name
-from nbd_vmdk.ops.snapshot.names import final_name, parent_hint
+from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.records import records_in
 from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of, link_file, links_of, parent_of
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -179,11 +180,11 @@ class _Renaming:
     def _tell_folders(self, home: str) -> None:
         """Say which links stand in another folder than their parent now."""
         hint = self._descriptor.parent_hint
-        if hint is not None and "/" in hint:
+        if hint is not None and is_elsewhere(hint):
             folder = os.path.dirname(os.path.normpath(os.path.join(home, hint)))
             self.found.hints.append(f"its parent is in another folder: opening it takes --allow-dir {folder}")
         for child in self._children:
-            if os.path.realpath(child.folder.name) != home:
+            if is_elsewhere(parent_hint(self._moves[-1][1], child.folder.name)):
                 self.found.hints.append(f"opening {child.label} takes --allow-dir {home}")
 
     def _check_free(self) -> None:

@@ -9,11 +9,9 @@ from nbd_vmdk.errors import OptionError, StorageError, WriteRefused
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.rewrite import real_path, sync_folder
 from nbd_vmdk.ops.snapshot import files
-from nbd_vmdk.ops.snapshot.names import final_name, next_child, next_clone, parent_hint
+from nbd_vmdk.ops.snapshot.names import final_name, next_child, next_clone
 from nbd_vmdk.ops.snapshot.tree import LinkFile
 
-#: Types of extents that ESX and ESXi alone have.
-_ESX_TYPES: Final = frozenset({"VMFS", "VMFSSPARSE", "SESPARSE", "VMFSRDM", "VMFSRAW"})
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -21,7 +19,6 @@ def create_child(
     image: str | os.PathLike[str],
     child: str | os.PathLike[str] | None = None,
     *,
-    product: str | None = None,
     protect: bool = False,
     **options: Any,
 ) -> Created:
@@ -37,22 +34,10 @@ def create_child(
     if final_name(parent.name) is not None:
         raise WriteRefused(parent.label, why="another link is being merged into it", hint="finish that first")
     path = _child_path(parent, None if child is None else os.fspath(child))
-    hint = parent_hint(parent.path, os.path.dirname(path))
-    kind = options.pop("kind", None) or fitting_kind(parent, product)
-    made = create_image(path, kind=kind, parent=parent.path, parent_hint=hint, product=product, **options)
+    made = create_image(path, parent=parent.path, **options)
     if protect:
         _protect(place)
     return made
-
-
-def fitting_kind(parent: LinkFile, product: str | None = None) -> str:
-    """The kind of child that fits ``parent``: what ESXi takes on its own kinds, else hosted, split alike."""
-    descriptor = parent.descriptor
-    if product == "esxi" or any(line.type in _ESX_TYPES for line in descriptor.extents):
-        return "vmfsSparse"
-    if "gbmaxextent" in (descriptor.create_type or "").lower():
-        return "twoGbMaxExtentSparse"
-    return "monolithicSparse"
 
 
 def _child_path(parent: LinkFile, wanted: str | None) -> str:

@@ -13,8 +13,8 @@ from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, last_component
 from nbd_vmdk.opener import open_link
+from nbd_vmdk.ops.create.child import parent_hint
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, remove_leftovers, sync_folder
-from nbd_vmdk.ops.snapshot.names import parent_hint
 from nbd_vmdk.ops.snapshot.tree import LinkFile, link_file, links_of
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage

@@ -1,10 +1,9 @@
-"""Names: what a new child is called, how it names its parent, what a link is called during a merge.
+"""Names: what a new child is called, and what a link is called during a merge.
 
 VMware calls the links of ``disk.vmdk`` ``disk-000001.vmdk`` and so on and uses free numbers again; a linked
 clone is ``disk-cl1.vmdk``.
 """
 
-import os
 import re
 from collections.abc import Collection
 from typing import Final
@@ -42,22 +41,6 @@ def _first_free(stem: str, pattern: str, taken: Collection[str]) -> str:
         if not any(name.startswith((f"{low}.", f"{low}-")) for name in begun):
             return start + _SUFFIX
     raise ValueError(f"all names like {stem}{pattern.format(1)}{_SUFFIX} are taken")
-
-
-def parent_hint(parent: str, child_folder: str) -> str:
-    """How a child in ``child_folder`` names the parent whose path is ``parent``.
-
-    The plain name in the same folder; a relative path where parent and child stand in one folder or in
-    folders side by side, so that both can be moved together; else an absolute one.
-    """
-    folder, name = os.path.split(os.path.realpath(parent))
-    here = os.path.realpath(child_folder or os.curdir)
-    if folder == here:
-        return name
-    above = os.path.commonpath((folder, here))
-    if above != "/" and above in (folder, here, os.path.dirname(here)):
-        return os.path.join(os.path.relpath(folder, here), name)
-    return os.path.join(folder, name)
 
 
 def merging_name(parent: str, cid: int) -> str:

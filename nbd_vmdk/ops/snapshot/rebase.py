@@ -27,10 +27,11 @@ from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.link import NOTHING
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
 from nbd_vmdk.ops.copy import Progress, copy
+from nbd_vmdk.ops.create.child import parent_hint
 from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.merge import zero_block
-from nbd_vmdk.ops.snapshot.names import final_name, parent_hint
+from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.tree import LinkFile
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.localfolder import LocalFolder
