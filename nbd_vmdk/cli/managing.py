@@ -1,6 +1,14 @@
-"""Options of the verbs that change whole images: resize, compact, rename, clone, delete."""
+"""Options of the verbs that change whole images: resize, compact, rename, clone, delete, snapshot."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
+
+from nbd_vmdk.cli import output
+
+if TYPE_CHECKING:
+    from nbd_vmdk.ops.snapshot.machines import Mention
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 drop_ctk_option = click.option(
@@ -14,3 +22,18 @@ allow_dir_option = click.option(
     multiple=True,
     help="Let images name files in DIR, and look for relatives there too.  May be repeated.",
 )
+edit_vm_option = click.option(
+    "--edit-vm", is_flag=True, help="Change the lines that name it in the .vmx and .vmsd files beside it."
+)
+
+
+def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dry_run: bool = False) -> None:
+    """Say which lines of machines' files name something new, or have to; ``image`` is what they named."""
+    if edited and not machines:
+        output.log.warning("%s: no machine's file beside it names it", image)
+    for each in machines:
+        line = f'{each.key} = "{each.new}"'
+        if edited:
+            output.message("note", f"{each.file} {'would say' if dry_run else 'says'} {line} now")
+        else:
+            output.message("hint", f"{each.file} must say {line} now; --edit-vm does that")

@@ -6,18 +6,19 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option
+from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option, edit_vm_option, tell_machines
 from nbd_vmdk.cli.opening import json_option
 from nbd_vmdk.cli.progress import progress
 
 
 @click.command(short_help="Rename an image, or move it, with all its files.")
+@edit_vm_option
 @dry_run_option
 @allow_dir_option
 @json_option
 @click.argument("old", type=click.Path())
 @click.argument("new", type=click.Path(), metavar="NEW|FOLDER")
-def rename(old: str, new: str, dry_run: bool, as_json: bool, **options: Any) -> int:
+def rename(old: str, new: str, edit_vm: bool, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Call the image OLD NEW, or move it to FOLDER: all its files, and the names inside.
 
     Its children, in its own and the new folder and in those of --allow-dir, are told.  If it is stopped, by
@@ -26,7 +27,7 @@ def rename(old: str, new: str, dry_run: bool, as_json: bool, **options: Any) -> 
     from nbd_vmdk.ops.linkset.rename import rename as run
 
     with progress("copying") as told:
-        done = run(old, new, dry_run=dry_run, progress=told, **options)
+        done = run(old, new, edit_vm=edit_vm, dry_run=dry_run, progress=told, **options)
     if as_json:
         output.json_object({"done": not dry_run, **done.as_dict()})
         return 0
@@ -37,6 +38,5 @@ def rename(old: str, new: str, dry_run: bool, as_json: bool, **options: Any) -> 
         output.message("note", f"{child} {'would be' if dry_run else 'was'} told the new name of its parent")
     for hint in done.hints:
         output.message("hint", hint)
-    for user in done.users:
-        output.message("hint", f"{user} names {done.old}: it must name {done.new} now")
+    tell_machines(done.machines, done.old, edited=edit_vm, dry_run=dry_run)
     return 0

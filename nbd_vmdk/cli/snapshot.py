@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nbd_vmdk.cli import output
+from nbd_vmdk.cli.managing import (
+    allow_dir_option,
+    drop_ctk_option,
+    dry_run_option,
+    edit_vm_option,
+    tell_machines,
+)
 from nbd_vmdk.cli.opening import image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
@@ -22,20 +29,8 @@ _STATES = {
     "lost": "its parent was not found here",
 }
 
-_allow_dir = click.option(
-    "--allow-dir",
-    "allow_dirs",
-    type=click.Path(),
-    metavar="DIR",
-    multiple=True,
-    help="Let images name files in DIR, and look for relatives there too.  May be repeated.",
-)
 _allow_devices = click.option(
     "--allow-devices", is_flag=True, help="Let images name block devices in an allowed folder."
-)
-_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-_drop_ctk = click.option(
-    "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
 )
 
 
@@ -57,20 +52,21 @@ def snapshot() -> None:
 )
 @click.option("--type", "kind", metavar="KIND", help="The kind of the child, if not the one that fits.")
 @click.option("--protect", is_flag=True, help="Take the permission to write from all files of IMAGE.")
-@_allow_dir
+@edit_vm_option
+@allow_dir_option
 @json_option
 @image_argument
 @click.argument("child", type=click.Path(), required=False)
-def create(image: str, child: str | None, as_json: bool, **options: Any) -> int:
+def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **options: Any) -> int:
     """Make an empty CHILD of IMAGE: IMAGE stays as it is now, further writes belong into the child.
 
     Without CHILD it is called as VMware would call it (disk-000001.vmdk, the next free number).  A folder as
-    CHILD gets a linked clone.  The new top of the chain is printed.
+    CHILD gets a linked clone.  IMAGE may be a machine: VM.vmx, or VM.vmx:scsi0:0 for one of several disks.
+    The new top of the chain is printed.
     """
     from nbd_vmdk.ops.snapshot.create import create_child
-    from nbd_vmdk.ops.snapshot.records import users_of
 
-    made = create_child(image, child, **options)
+    made = create_child(image, child, edit_vm=edit_vm, **options)
     for warning in made.warnings:
         output.log.warning("%s", warning)
     if as_json:
@@ -78,16 +74,21 @@ def create(image: str, child: str | None, as_json: bool, **options: Any) -> int:
         return 0
     output.line(output.clean(made.path))
     sys.stdout.flush()
-    output.message("hint", f"write to {made.path} from now on: writing to {image} makes the child invalid")
+    output.message(
+        "hint", f"write to {made.path} from now on: writing to {made.base} makes the child invalid"
+    )
     is_clone = made.parent is not None and "/" in made.parent
-    for user in users_of(image):
-        now = "a child of its own, made beside it" if is_clone else made.path
-        output.message("hint", f"{user} names {image}: it must name {now} from now on")
+    if is_clone and not edit_vm:
+        for each in made.machines:
+            now = "a child of its own, made beside it"
+            output.message("hint", f"{each.file} names {each.old}: it must name {now} from now on")
+    else:
+        tell_machines(made.machines, made.base, edited=edit_vm)
     return 0
 
 
 @snapshot.command("list", short_help="Show the tree of links in a folder.")
-@_allow_dir
+@allow_dir_option
 @_allow_devices
 @json_option
 @click.argument("place", type=click.Path(), metavar="FOLDER|IMAGE")
@@ -144,13 +145,22 @@ def _remarks(row: "Row") -> list[str]:
 @snapshot.command(short_help="Merge a child into its parent, and remove it.")
 @click.option("--keep", is_flag=True, help="Keep CHILD, as a link on the merged parent.")
 @click.option("--break-children", is_flag=True, help="Give up other children of the parent.")
-@_dry_run
-@_drop_ctk
-@_allow_dir
+@edit_vm_option
+@dry_run_option
+@drop_ctk_option
+@allow_dir_option
 @_allow_devices
 @json_option
 @click.argument("child", type=click.Path())
-def commit(child: str, keep: bool, break_children: bool, dry_run: bool, as_json: bool, **options: Any) -> int:
+def commit(
+    child: str,
+    keep: bool,
+    break_children: bool,
+    edit_vm: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
     """Merge CHILD into its parent: the parent becomes what CHILD shows, and CHILD goes away.
 
     What stands on CHILD stands on the parent afterwards and shows what it showed.  The state that the parent
@@ -164,13 +174,19 @@ def commit(child: str, keep: bool, break_children: bool, dry_run: bool, as_json:
     _tell_plan(plan)
     if not dry_run:
         with progress("merging") as told:
-            plan = run(child, keep=keep, break_children=break_children, progress=told, **options)
+            plan = run(
+                child, keep=keep, break_children=break_children, edit_vm=edit_vm, progress=told, **options
+            )
     if as_json:
         output.json_object({"done": not dry_run, **plan.as_dict()})
     elif not dry_run:
         output.line(output.clean(plan.result))
     sys.stdout.flush()
-    _tell_users(plan, keep=keep)
+    if plan.stage.value == "merging":
+        what = f"if it was killed, {plan.result} has kept a mark of that: nbd-vmdk repair {plan.result}"
+        output.message("hint", what)
+    if not keep:
+        tell_machines(plan.machines, plan.child.label, edited=edit_vm, dry_run=dry_run)
     return 0
 
 
@@ -193,24 +209,14 @@ def _tell_plan(plan: "Plan") -> None:
         output.message("note", f"to be removed: {', '.join(plan.removes)}")
 
 
-def _tell_users(plan: "Plan", *, keep: bool) -> None:
-    """Say what is left to do: whose files name the child, and a mark that a stopped attempt left."""
-    if plan.stage.value == "merging":
-        what = f"if it was killed, {plan.result} has kept a mark of that: nbd-vmdk repair {plan.result}"
-        output.message("hint", what)
-    if not keep:
-        for user in plan.users:
-            output.message("hint", f"{user} names {plan.child.name}: it must name {plan.name} now")
-
-
 @snapshot.command(short_help="Give a child another parent, without changing what it shows.")
 @click.option("--parent", type=click.Path(), metavar="FILE", help="The new parent.")
 @click.option("--flatten", is_flag=True, help="No parent at all: make CHILD independent.")
 @click.option("--relink", is_flag=True, help="Change the pointer alone, if nothing has to be copied.")
 @click.option("--unchecked", is_flag=True, help="With --relink: don't prove that the parents are alike.")
-@_dry_run
-@_drop_ctk
-@_allow_dir
+@dry_run_option
+@drop_ctk_option
+@allow_dir_option
 @_allow_devices
 @json_option
 @click.argument("child", type=click.Path())
@@ -253,8 +259,8 @@ def rebase(
 
 @snapshot.command(short_help="Show what removing a link would do; with --apply, remove it.")
 @click.option("--apply", is_flag=True, help="Remove it.")
-@_drop_ctk
-@_allow_dir
+@drop_ctk_option
+@allow_dir_option
 @_allow_devices
 @json_option
 @click.argument("link", type=click.Path())

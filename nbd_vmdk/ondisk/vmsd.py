@@ -31,6 +31,11 @@ class Snapshot:
     disks: tuple[AttachedDisk, ...]
 
 
+def is_link_key(key: str) -> bool:
+    """Whether a key (in lower case) names a link that a snapshot froze."""
+    return _DISK.fullmatch(key) is not None
+
+
 def parse_snapshots(raw: bytes, file: str) -> list[Snapshot]:
     """All snapshots, in the order in which they are numbered; none for an empty file.
 

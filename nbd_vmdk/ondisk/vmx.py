@@ -5,9 +5,12 @@ It is a dictionary in text: ``key = "value"`` lines, ``#`` comments, keys whose 
 language before.  A snapshot list (.vmsd, see vmsd.py) is a dictionary of the same form.
 
 A dictionary that sets one key to two values is refused: nobody can tell which of two disks is meant.
+
+Values can be replaced; all other bytes stay as they are.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,8 +29,11 @@ _BUSES: Final = ("scsi", "sata", "nvme", "ide")
 _NODE: Final = re.compile(r"(scsi|sata|nvme|ide)(0|[1-9]\d{0,2}):(0|[1-9]\d{0,3})")
 _ENCODING: Final = re.compile(rb'^[ \t]*\.encoding[ \t]*=[ \t]*"([^"\r\n]*)"', re.IGNORECASE | re.MULTILINE)
 _ASSIGNMENT: Final = re.compile(r"[ \t]*([^\s=\"#]+)[ \t]*=[ \t]*(.*)")
+_BREAK: Final = re.compile(r"(\r\n|\n|\r)")
+_BLANKS: Final = " \t\v\f\x1a"
 #: A character that can't stand in quotes is written as its code: |22 for a quote.
 _ESCAPE: Final = re.compile(r"\|([0-7][0-9A-Fa-f])")
+_TO_ESCAPE: Final = re.compile(r'[\x00-\x1f"|\x7f]')
 _TRUE: Final = ("true", "yes", "1")
 #: Types of device whose medium is no disk of the machine's own.
 _NO_DISKS: Final = ("cdrom", "passthru", "floppy")
@@ -54,8 +60,8 @@ def parse_dictionary(raw: bytes, file: str) -> dict[str, str]:
     if b"\0" in raw:
         raise FormatError(file, why="zero bytes in what should be a text")
     found: dict[str, str] = {}
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decode(raw)), 1):
-        text = line.strip(" \t\v\f\x1a")
+    for number, line in enumerate(_BREAK.split(raw.decode(_codec(raw)).removeprefix("\ufeff"))[::2], 1):
+        text = line.strip(_BLANKS)
         if not text or text.startswith("#"):
             continue
         match = _ASSIGNMENT.fullmatch(text)
@@ -67,17 +73,50 @@ def parse_dictionary(raw: bytes, file: str) -> dict[str, str]:
     return found
 
 
-def _decode(raw: bytes) -> str:
+def with_values(raw: bytes, file: str, new: Mapping[str, str]) -> bytes:
+    """The dictionary with other values for keys (in lower case) that it has; every other byte stays.
+
+    FormatError as for parse_dictionary(), and for a value that its characters can't say.
+    """
+    expected = {**parse_dictionary(raw, file), **new}
+    codec = _codec(raw)
+    pieces = _BREAK.split(raw.decode(codec))
+    for index in range(0, len(pieces), 2):
+        match = _ASSIGNMENT.match(pieces[index].lstrip("\ufeff" + _BLANKS).rstrip(_BLANKS))
+        if match is not None and match[1].lower() in new:
+            pieces[index] = _with_value(pieces[index], match[2], new[match[1].lower()])
+    try:
+        made = "".join(pieces).encode(codec)
+        is_right = raw.decode(codec).encode(codec) == raw
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start : error.end]
+        raise FormatError(file, why=f"{shown(letter)} can't be written in its encoding, {codec}") from None
+    if not is_right or parse_dictionary(made, file) != expected:
+        raise FormatError(file, why="it can't be changed without changing more than was asked for")
+    return made
+
+
+def _with_value(line: str, old: str, new: str) -> str:
+    """A line with another value; what stands behind the closing quote stays."""
+    at = line.rindex(old) if old else len(line.rstrip(_BLANKS))
+    end = old.rfind('"')
+    behind = old[end + 1 :] if old.startswith('"') and end > 0 else ""
+    quoted = '"' + _TO_ESCAPE.sub(lambda found: f"|{ord(found[0]):02X}", new) + '"'
+    return line[:at] + quoted + behind + line[at + len(old) :]
+
+
+def _codec(raw: bytes) -> str:
     label = _ENCODING.search(raw)
     declared = None if label is None else codec_of(label[1].decode("latin-1"))
     # A byte order mark was put there by an editor that saved the file as UTF-8, whatever it says inside.
     for codec in ("utf-8" if raw.startswith(BOM) else declared, "utf-8", "cp1252"):
         try:
             if codec is not None:
-                return raw.decode(codec).removeprefix("\ufeff")
+                raw.decode(codec)
+                return codec
         except UnicodeDecodeError:
             pass
-    return raw.decode("latin-1")  # has a character for every byte, so that nothing is lost
+    return "latin-1"  # has a character for every byte, so that nothing is lost
 
 
 def _value(text: str) -> str:

@@ -16,7 +16,7 @@ from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.vm.found import FoundDisk, alone, name_uniquely, natural, only_disk
 
-__all__ = ["FoundDisk", "find_all", "find_disks", "leads_to_disks", "locate"]
+__all__ = ["FoundDisk", "container_of", "find_all", "find_disks", "leads_to_disks", "locate"]
 
 _Paths = Iterable[str | os.PathLike[str]]
 _MACHINES = (".vmx", ".vmtx")
@@ -80,6 +80,11 @@ def leads_to_disks(path: str | os.PathLike[str]) -> bool:
     container, wanted = _split(os.fspath(path))
     endings = (*_MACHINES, ".vmsd", ".ovf", ".ova")
     return wanted is not None or os.path.isdir(container) or container.lower().endswith(endings)
+
+
+def container_of(path: str | os.PathLike[str]) -> str:
+    """The file or folder that has the disk that a user named: ``vm.vmx`` for ``vm.vmx:scsi0:0``."""
+    return _split(os.fspath(path))[0]
 
 
 def _find(

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from nbd_vmdk.errors import FormatError
 from nbd_vmdk.ondisk.vmsd import parse_snapshots
-from nbd_vmdk.ondisk.vmx import MAX_DICTIONARY, AttachedDisk, disks_of, node_order, parse_dictionary
+from nbd_vmdk.ondisk.vmx import (
+    MAX_DICTIONARY,
+    AttachedDisk,
+    disks_of,
+    node_order,
+    parse_dictionary,
+    with_values,
+)
 
 
 def parsed(text: str | bytes) -> dict[str, str]:
@@ -47,6 +54,49 @@ def test_lines() -> None:
 def test_encodings(label: str, codec: str, name: str) -> None:
     raw = f'.encoding = "{label}"\nscsi0:0.fileName = "{name}"\n'.encode(codec)
     assert parsed(raw)["scsi0:0.filename"] == name
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "after"),
+    [
+        ('a = "1"\r\nX = "2"\r\n', "new", 'a = "1"\r\nX = "new"\r\n'),
+        ('\ufeffx="2" # why\n', "n w", '\ufeffx="n w" # why\n'),
+        ('\t x  =  two words \t\ry = ""', "n", '\t x  =  "n" \t\ry = ""'),
+        ("x =\n", "n", 'x ="n"\n'),
+        ('x = "open', "n", 'x = "n"'),
+        ('x = "x = "', "x", 'x = "x"'),
+        ('x = "1"\nX = "1"\n', '2|"\n', 'x = "2|7C|22|0A"\nX = "2|7C|22|0A"\n'),
+        ('# x = "1"\nx = "1"', "2", '# x = "1"\nx = "2"'),
+    ],
+)
+def test_another_value(before: str, value: str, after: str) -> None:
+    made = with_values(before.encode(), "vm.vmx", {"x": value})
+    assert made.decode() == after
+    assert parsed(made)["x"] == value
+
+
+def test_another_value_in_its_own_encoding() -> None:
+    raw = '.encoding = "Shift_JIS"\nname = "表"\nx = "1"\n'.encode("cp932")
+    assert with_values(raw, "vm.vmx", {"x": "ディスク.vmdk"}) == raw.replace(
+        b'"1"', '"ディスク.vmdk"'.encode("cp932")
+    )
+    with pytest.raises(FormatError, match="can't be written in its encoding"):
+        with_values(raw, "vm.vmx", {"x": "Größe.vmdk"})
+    raw = b'.encoding = "UTF-8"\nname = "\xff"\nx = "1"\n'  # in truth something else: that stays as it is
+    assert with_values(raw, "vm.vmx", {"x": "2"}) == raw.replace(b'"1"', b'"2"')
+    with pytest.raises(FormatError):
+        with_values(raw, "vm.vmx", {"not-there": "2"})
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b.c", "X"]), st.text(max_size=9)), max_size=5),
+    st.text(max_size=9),
+)
+def test_no_other_value_changes(lines: list[tuple[str, str]], value: str) -> None:
+    text = "".join(f"{key} = {old}\n" for key, old in lines) + 'x1 = "old" # "\n'
+    with contextlib.suppress(FormatError, UnicodeEncodeError):
+        before = parsed(text)
+        assert parsed(with_values(text.encode(), "vm.vmx", {"x1": value})) == before | {"x1": value}
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk"), "--dry-run"]) == 0
     assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk")]) == 0
     said = capsys.readouterr()
-    assert "vm.vmx scsi0:0" in said.err
+    assert 'vm.vmx must say scsi0:0.fileName = "new.vmdk"' in said.err
     assert main(["clone", str(tmp_path / "new.vmdk"), str(tmp_path / "copy.vmdk"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["files"]) == 3

@@ -61,10 +61,11 @@ def clone(
     WriteRefused for files outside the folders of their links, and what opening the chain raises; then there
     is no new file.
     """
-    folder, name = LocalFolder.for_image(source, options.get("allow_dirs", ()))
+    opening = files.opening(options)
+    folder, name = LocalFolder.for_image(files.image_in(source, opening), opening.allow_dirs)
     path = target_path(target, name)
     with ExitStack() as held:
-        disk = held.enter_context(open_in(folder, name, files.opening(options)))
+        disk = held.enter_context(open_in(folder, name, opening))
         _check(disk)
         mains = [os.path.basename(link.name) for link in disk.links]
         home = os.path.dirname(path)

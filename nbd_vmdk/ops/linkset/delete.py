@@ -1,17 +1,19 @@
 """Deleting an image: all files of a link, and on request of all links that stand on it."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbd_vmdk.errors import InUse, VmdkError, WriteRefused
+from nbd_vmdk.errors import InUse, OptionError, VmdkError, WriteRefused
 from nbd_vmdk.ops.linkset.removing import left_of, remove_set
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.records import records_in
 from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of
+from nbd_vmdk.vm import container_of
 
 
 @dataclass(slots=True)
@@ -36,11 +38,19 @@ def delete(
     link with children and for files that are not the link's alone, InUse; then nothing has changed.  A
     deletion that was stopped goes on when it is asked for again.
     """
-    if left := left_of(os.fspath(path)):
+    chosen = files.opening(options, locks=not dry_run)
+    source = files.image_in(path, chosen)
+    if source != os.fspath(path) == container_of(path):
+        raise OptionError(
+            os.fspath(path),
+            why="is no image, and what has disks is not deleted with them",
+            hint=f"to delete its disk, name that: {shlex.quote(source)}",
+        )
+    if left := left_of(source):
         if not dry_run:
             files.remove_files(left)
-        return Deleted([os.fspath(path)], left)
-    place = files.Place(path, files.opening(options, locks=not dry_run), mend=not dry_run)
+        return Deleted([source], left)
+    place = files.Place(path, chosen, mend=not dry_run)
     links = place.links()
     doomed = _with_all_on_it(place.link, links)
     if len(doomed) > 1 and not with_children:
@@ -53,7 +63,7 @@ def delete(
     others = [link for link in links if link.identity not in {each.identity for each in doomed}]
     found = Deleted()
     sets: list[list[str]] = []
-    records = records_in(place.folders)
+    records = records_in(place.recorded)
     with ExitStack() as held:
         for link in doomed:
             if final_name(link.name) is not None:

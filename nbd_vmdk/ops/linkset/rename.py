@@ -13,8 +13,10 @@ child finds it at any moment.  Stopped anywhere, the same command goes on.  To a
 are copied, all getting their names at once, before the children are pointed there and the old ones go.
 
 A link's own parent stays where it is; the way to it is told anew where the link moves to another folder.
-What is not done: a .vmx or .vmsd that names the link is told of, and not changed.  On a file system without
-hard links a file has only one name at any moment, and the link can't be opened until the command has ended.
+A .vmx or .vmsd that names the link is told of, and changed on request, before the old names go.
+
+What is not done: on a file system without hard links a file has only one name at any moment, and the link
+can't be opened until the command has ended.
 """
 
 import filecmp
@@ -37,6 +39,7 @@ from nbd_vmdk.ops.linkset.names import is_embedded, new_names, target_path, with
 from nbd_vmdk.ops.linkset.removing import left_of, remove_set
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder
 from nbd_vmdk.ops.snapshot import files
+from nbd_vmdk.ops.snapshot.machines import MachineFiles, Mention, find_mentions
 from nbd_vmdk.ops.snapshot.namefile import add_name, drop_name
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.records import records_in
@@ -53,6 +56,7 @@ class Renamed:
     children  links that are told the new name
     copied    bytes that are copied, as the new place is in another file system
     users     machines and snapshots whose files name the link by its old name
+    machines  the lines in them that do
     hints     links that from now on need another folder to be allowed
     """
 
@@ -62,6 +66,7 @@ class Renamed:
     children: list[str] = field(default_factory=list)
     copied: int = 0
     users: list[str] = field(default_factory=list)
+    machines: list[Mention] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,6 +78,7 @@ class Renamed:
             "children": self.children,
             "copied": self.copied,
             "users": self.users,
+            "machines": [each.as_dict() for each in self.machines],
             "hints": self.hints,
         }
 
@@ -81,23 +87,25 @@ def rename(
     old: str | os.PathLike[str],
     new: str | os.PathLike[str],
     *,
+    edit_vm: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Renamed:
     """Call the link ``old`` ``new``, which may be in another folder, or be a folder to move it to.
 
-    Children are looked for in its folder, in the new one and in allow_dirs; ``options`` are those of
-    OpenOptions.  Raises FileExists, InUse, and WriteRefused for files that are not the link's alone or in
-    another folder than its own; then nothing has changed.  After a later error, or a kill, the same call goes
-    on.
+    Children are looked for in its folder, in the new one and in allow_dirs.  With ``edit_vm`` the machines'
+    files that name it are changed.  ``options`` are those of OpenOptions.  Raises FileExists, InUse, and
+    WriteRefused for files that are not the link's alone or in another folder than its own; then nothing has
+    changed.  After a later error, or a kill, the same call goes on.
     """
-    source = os.fspath(old)
+    chosen = files.opening(options, locks=not dry_run)
+    source = files.image_in(old, chosen)
     path = target_path(new, os.path.basename(source))
     _check_folder(path)
     if not os.path.lexists(source) and os.path.lexists(path):
         return _finish(source, path, dry_run=dry_run)
-    place = files.Place(source, files.opening(options, locks=not dry_run), mend=not dry_run)
+    place = files.Place(old, chosen, mend=not dry_run)
     link = place.link
     if final_name(link.name) is not None:
         raise WriteRefused(link.label, why="another link is being merged into it", hint="finish that first")
@@ -111,7 +119,7 @@ def rename(
     with ExitStack() as held:
         work = _Renaming(held, place, path, target, name)
         if not dry_run:
-            work.run(progress)
+            work.run(progress, MachineFiles(held, work.found.machines if edit_vm else ()))
     return work.found
 
 
@@ -144,7 +152,7 @@ class _Renaming:
         self._children = children_of(link, [each for each in links if not _is_same(each.path, path)])
         if place.options.locks:
             self._child_files = [files.hold(held, child) for child in self._children]
-        records = records_in(place.folders)
+        records = records_in(place.recorded)
         users = records.current.get(link.identity, [])
         named = records.snapshots.get(link.identity, ())
         self.found = Renamed(
@@ -154,6 +162,7 @@ class _Renaming:
             [child.label for child in self._children],
             0 if self._is_near else sum(storage.size for storage in self._opened.storages),
             [*users, *(f'{each.file}, snapshot "{each.name}"' for each in named)],
+            find_mentions(place.recorded, link.identity, path, snapshots=True),
         )
         self._tell_folders(home)
         #: Copies of extents that an earlier attempt made.
@@ -215,7 +224,7 @@ class _Renaming:
         there = read_descriptor(self._target, self._name) if os.path.lexists(self._path) else None
         return there is not None and there.to_bytes() == self._descriptor.to_bytes()
 
-    def run(self, progress: Progress | None) -> None:
+    def run(self, progress: Progress | None, machines: MachineFiles) -> None:
         """Do it."""
         main, new_main = self._moves[-1]
         if self._is_near:
@@ -234,6 +243,7 @@ class _Renaming:
             cid = child.descriptor.parent_cid
             assert cid is not None
             files.point(file, new_main, cid)
+        machines.publish()
         if not self._is_near:
             remove_set([old for old, _new in self._moves])
             return

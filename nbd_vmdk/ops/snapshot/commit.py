@@ -11,7 +11,8 @@ children read wrong data.  So nobody may take it for what it was:
     4. merge      copy what the child holds, make it durable
     5. name       the parent gets its old name again, beside the other
     6. point      the child's own children name the parent by it, with its content ID
-    7. remove     the other name, and then the child's files, its descriptor last
+    7. remove     the other name, and then the child's files, its descriptor last; before that the machines'
+                  files are changed, if they are to be
 
 Wherever this stops, the child (from 3 to 6) and its children read what they always read, or are refused; the
 parent can't be found by its old name while it is no whole disk; and the names and content IDs that are
@@ -38,6 +39,7 @@ from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, sync_folder
 from nbd_vmdk.ops.sides import Comparer, DiskSource
 from nbd_vmdk.ops.snapshot import files, namefile
+from nbd_vmdk.ops.snapshot.machines import MachineFiles
 from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
 from nbd_vmdk.ops.snapshot.names import merging_name
 from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure
@@ -73,6 +75,7 @@ def commit(
     *,
     keep: bool = False,
     break_children: bool = False,
+    edit_vm: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
     **options: Any,
@@ -80,8 +83,9 @@ def commit(
     """Merge the child ``path`` into its parent, and remove it; what was done.
 
     With ``keep`` the child stays as a link on the merged parent.  With ``break_children`` other children of
-    the parent are given up.  ``options`` are those of plan_commit().  Raises WriteRefused, ChainError and
-    InUse before anything is changed; after any later error the same call goes on where it stopped.
+    the parent are given up.  With ``edit_vm`` the machines' files that name the child name the parent from
+    then on.  ``options`` are those of plan_commit().  Raises WriteRefused, ChainError and InUse before
+    anything is changed; after any later error the same call goes on where it stopped.
     """
     place = files.Place(path, files.opening(options), mend=True)
     mend_folder(make_plan(place, keep=keep).parent.folder)
@@ -95,7 +99,7 @@ def commit(
             "--break-children gives them up",
         )
     try:
-        _commit(plan, place, keep=keep, progress=progress, threads=threads)
+        _commit(plan, place, keep=keep, edit_vm=edit_vm, progress=progress, threads=threads)
     except VmdkError as error:
         if plan.begun:
             error.hint = _unfinished(plan) if error.hint is None else f"{error.hint}; {_unfinished(plan)}"
@@ -108,14 +112,22 @@ def commit(
 
 
 def _commit(
-    plan: Plan, place: files.Place, *, keep: bool, progress: Progress | None, threads: int | None
+    plan: Plan,
+    place: files.Place,
+    *,
+    keep: bool,
+    edit_vm: bool,
+    progress: Progress | None,
+    threads: int | None,
 ) -> None:
     with ExitStack() as held:
+        machines = MachineFiles(held, plan.machines if edit_vm else ())
         child = files.hold(held, place.link)
         below = [files.hold(held, link) for link in plan.grandchildren]
         if plan.stage is Stage.MERGED:
             _prove_merged(plan, place, child, progress, threads)
             _finish(plan, child, below, keep=keep)
+            machines.publish()
             held.close()
             files.remove_files(plan.removes)
             return
@@ -134,6 +146,7 @@ def _commit(
         )
         disk.flush()
         _finish(plan, child, below, keep=keep)
+        machines.publish()
         disk.close()
         files.remove_files(plan.removes)
 

@@ -3,16 +3,34 @@
 import os
 import stat
 from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from nbd_vmdk.errors import OptionError, StorageError, WriteRefused
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.rewrite import real_path, sync_folder
 from nbd_vmdk.ops.snapshot import files
+from nbd_vmdk.ops.snapshot.machines import MachineFiles, Mention, find_mentions
 from nbd_vmdk.ops.snapshot.names import final_name, next_child, next_clone
 from nbd_vmdk.ops.snapshot.tree import LinkFile
 
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child(Created):
+    """A child that was made.
+
+    base      its parent's path, as a user would write it
+    machines  the lines that name that as a machine's disk, or did
+    """
+
+    base: str
+    machines: tuple[Mention, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**Created.as_dict(self), "machines": [each.as_dict() for each in self.machines]}
 
 
 def create_child(
@@ -20,24 +38,31 @@ def create_child(
     child: str | os.PathLike[str] | None = None,
     *,
     protect: bool = False,
+    edit_vm: bool = False,
     **options: Any,
-) -> Created:
+) -> Child:
     """Make an empty child link of ``image``; from now on writes belong into the child.
 
     Without ``child`` it gets the next free number beside ``image``; a folder as ``child`` gets a linked clone
-    with the next free name.  ``protect`` takes the permission to write from the parent's files.  ``options``
-    are those of create_image(), the kind among them, and allow_dirs.  Raises InUse while ``image`` is
-    written, and what opening it or creating the child raises.
+    with the next free name.  ``protect`` takes the permission to write from the parent's files; ``edit_vm``
+    lets the machines that have ``image`` as their disk have the child.  ``options`` are those of
+    create_image(), the kind among them, and allow_dirs.  Raises InUse while ``image`` is written, or with
+    ``edit_vm`` while such a machine is open, and what opening it or creating the child raises.
     """
     place = files.Place(image, files.opening({"allow_dirs": tuple(options.get("allow_dirs", ()))}))
     parent = place.link
     if final_name(parent.name) is not None:
         raise WriteRefused(parent.label, why="another link is being merged into it", hint="finish that first")
     path = _child_path(parent, None if child is None else os.fspath(child))
-    made = create_image(path, parent=parent.path, **options)
+    machines = find_mentions(place.recorded, parent.identity, path)
+    with ExitStack() as held:
+        changing = MachineFiles(held, machines if edit_vm else ())
+        made = create_image(path, parent=parent.path, **options)
+        changing.publish()
     if protect:
         _protect(place)
-    return made
+    known = {each.name: getattr(made, each.name) for each in fields(made)}
+    return Child(**known, base=parent.label, machines=tuple(machines))
 
 
 def _child_path(parent: LinkFile, wanted: str | None) -> str:

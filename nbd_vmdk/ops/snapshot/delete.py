@@ -80,7 +80,7 @@ def delete_link(
     children = children_of(link, links)
     found.stale = [child.label for child in children if not child.expects(link)]
     found.removes = files.existing_files(link, links)
-    records = records_in(place.folders)
+    records = records_in(place.recorded)
     found.snapshots = [named.name for named in records.snapshots.get(link.identity, ())]
     if users := records.current.get(link.identity):
         raise WriteRefused(

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.disk import Disk, open_in
-from nbd_vmdk.errors import FileMissing, InUse, NotVmdk, StorageError, VmdkError, WriteRefused
+from nbd_vmdk.errors import FileMissing, InUse, NotVmdk, StorageError, Unsupported, VmdkError, WriteRefused
 from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, last_component
@@ -22,11 +22,15 @@ from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
 from nbd_vmdk.units import MIB
+from nbd_vmdk.vm import container_of, leads_to_disks, locate
 
 log = logging.getLogger("nbd_vmdk")
 
 #: How the engine's warnings of kinds that can't be written end.
 _READ_ONLY: Final = ", so it is served read-only"
+
+#: What holds disks that are never changed.
+_PACKED: Final = (".ova", ".ovf")
 
 #: Memory for tables and inflated grains of each chain that is open meanwhile.
 CACHE = 32 * MIB
@@ -35,9 +39,12 @@ CACHE = 32 * MIB
 class Place:
     """Where an operation works: the link that the user named, and the folders that may hold its relatives.
 
+    A machine (.vmx) or a folder stands for its disk, if it has one alone.
+
     link     the link
     options  how its relatives are opened
     folders  its own folder and those that the user allows besides
+    recorded folders with the .vmx and .vmsd files that may name it: the same, and that of the machine
     """
 
     def __init__(self, path: str | os.PathLike[str], options: OpenOptions, *, mend: bool = False) -> None:
@@ -45,7 +52,7 @@ class Place:
 
         Raises as opening a link does, if there is none.
         """
-        named = os.fspath(path)
+        named = image_in(path, options)
         if os.path.islink(named):
             # Names are changed and files are replaced here: only the real ones will do.
             named = os.path.realpath(named)
@@ -55,6 +62,7 @@ class Place:
         for other in options.allow_dirs:
             beside = os.path.join(os.fspath(other), name)
             self.folders.append(LocalFolder.for_image(beside, options.allow_dirs, options.allow_devices)[0])
+        self.recorded = [*self.folders, *_machine_folder(os.fspath(path), named, options)]
         if mend:
             for each in self.folders:
                 mend_folder(each)
@@ -73,6 +81,37 @@ class Place:
     def links(self, *others: LinkFile | None) -> list[LinkFile]:
         """All links in the folders, and in those of ``others``."""
         return links_of([*self.folders, *(other.folder for other in others if other is not None)])
+
+
+def image_in(path: str | os.PathLike[str], options: OpenOptions) -> str:
+    """The path of the image that a user named, or of the only disk of the machine or the folder that he did.
+
+    Raises NotVmdk with the words for each disk where there are several, Unsupported for one in an appliance,
+    and what is wrong with a machine.
+    """
+    named = os.fspath(path)
+    if not leads_to_disks(named):
+        return named
+    found = locate(named, allow_dirs=options.allow_dirs, allow_devices=options.allow_devices)
+    if not isinstance(found.folder, LocalFolder) or container_of(named).lower().endswith(_PACKED):
+        raise Unsupported(
+            found.path,
+            what="a disk in an appliance, which stays as it is",
+            hint="nbd-vmdk convert makes an image of it",
+        )
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    return found.path
+
+
+def _machine_folder(path: str, image: str, options: OpenOptions) -> Iterator[Folder]:
+    """The folder of the machine by which the user named the image, if that is another one."""
+    container = container_of(path)
+    if path == image or os.path.isdir(container):
+        return
+    folder, beside = (os.path.realpath(os.path.dirname(each)) for each in (container, image))
+    if folder != beside:
+        yield LocalFolder.for_folder(os.path.dirname(container) or os.curdir, (*options.allow_dirs, beside))
 
 
 def opening(options: dict[str, Any], **more: Any) -> OpenOptions:

@@ -19,6 +19,7 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import is_absolute
 from nbd_vmdk.ops.snapshot import files
+from nbd_vmdk.ops.snapshot.machines import Mention, find_mentions
 from nbd_vmdk.ops.snapshot.merge import Amount, amount
 from nbd_vmdk.ops.snapshot.names import final_name, merging_name
 from nbd_vmdk.ops.snapshot.records import records_in
@@ -45,6 +46,7 @@ class Plan:
     breaks         other children of the parent, which become invalid
     removes        files that go away
     users          machines that have the child as their disk
+    machines       lines of their files that name the child, which goes away
     snapshots      names of snapshots that froze the parent, whose state goes away
     room           bytes that are free where the parent is
     begun          something has been changed
@@ -59,6 +61,7 @@ class Plan:
     breaks: list[LinkFile] = field(default_factory=list)
     removes: list[str] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
+    machines: list[Mention] = field(default_factory=list)
     snapshots: list[str] = field(default_factory=list)
     room: int = 0
     begun: bool = False
@@ -80,6 +83,7 @@ class Plan:
             "breaks": [link.label for link in self.breaks],
             "removes": self.removes,
             "users": self.users,
+            "machines": [each.as_dict() for each in self.machines],
             "snapshots": self.snapshots,
         }
 
@@ -105,8 +109,10 @@ def make_plan(place: files.Place, *, keep: bool) -> Plan:
     elif plan.stage is Stage.MERGED and not keep:
         plan.removes = files.existing_files(child, links)
     _check_names(plan)
-    records = records_in(place.folders)
+    records = records_in(place.recorded)
     plan.users = records.current.get(child.identity, [])
+    if not keep:
+        plan.machines = find_mentions(place.recorded, child.identity, plan.result, snapshots=True)
     plan.snapshots = [named.name for named in records.snapshots.get(plan.parent.identity, ())]
     return plan
 

@@ -1,22 +1,17 @@
 """What a machine's files say of its links: the .vmx which one is written to, the .vmsd their snapshots."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.ondisk.descriptor import is_absolute, last_component, windows_to_posix
 from nbd_vmdk.ondisk.vmsd import Snapshot, parse_snapshots
-from nbd_vmdk.ondisk.vmx import MAX_DICTIONARY, disks_of, parse_dictionary
+from nbd_vmdk.ondisk.vmx import disks_of, parse_dictionary
+from nbd_vmdk.ops.snapshot.machines import MAX_FILES, read_dictionary, which_file
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.localfolder import LocalFolder
 
 T = TypeVar("T")
-
-#: Machines looked at in one folder.
-_MAX_FILES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +42,8 @@ def records_in(folders: Iterable[Folder]) -> Records:
     """All that the .vmx and .vmsd files in some folders say."""
     found = Records()
     for folder in folders:
-        for name in [name for name in folder.names() if name.lower().endswith((".vmx", ".vmsd"))][
-            :_MAX_FILES
-        ]:
+        names = [name for name in folder.names() if name.lower().endswith((".vmx", ".vmsd"))]
+        for name in names[:MAX_FILES]:
             try:
                 _read(folder, name, found)
             except VmdkError as error:
@@ -57,22 +51,8 @@ def records_in(folders: Iterable[Folder]) -> Records:
     return found
 
 
-def users_of(path: str | os.PathLike[str]) -> list[str]:
-    """Machines beside the image ``path`` that have it as their disk."""
-    folder, name = LocalFolder.for_image(os.path.realpath(path))
-    storage = folder.open(name)
-    try:
-        return records_in([folder]).current.get(storage.identity, [])
-    finally:
-        storage.close()
-
-
 def _read(folder: Folder, name: str, found: Records) -> None:
-    storage = folder.open(name)
-    try:
-        raw = storage.read(0, min(storage.size, MAX_DICTIONARY + 1))
-    finally:
-        storage.close()
+    raw = read_dictionary(folder, name)
     label = folder.label(name)
     values = parse_dictionary(raw, label)
     if name.lower().endswith(".vmx"):
@@ -105,16 +85,6 @@ def _time(high: str, low: str) -> datetime | None:
 
 
 def _note(folder: Folder, file: str, table: dict[tuple[int, ...], list[T]], what: T) -> None:
-    names = [windows_to_posix(file)]
-    if is_absolute(file):
-        names.append(last_component(file))
-    for name in names:
-        try:
-            storage = folder.open(name)
-        except VmdkError:
-            continue
-        try:
-            table.setdefault(storage.identity, []).append(what)
-        finally:
-            storage.close()
-        return
+    identity = which_file(folder, file)
+    if identity is not None:
+        table.setdefault(identity, []).append(what)
