@@ -1,5 +1,6 @@
 """``nbd-vmdk snapshot``: make child links, show their tree, merge, move and remove them."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -182,9 +183,9 @@ def commit(
     elif not dry_run:
         output.line(output.clean(plan.result))
     sys.stdout.flush()
-    if plan.stage.value == "merging":
-        what = f"if it was killed, {plan.result} has kept a mark of that: nbd-vmdk repair {plan.result}"
-        output.message("hint", what)
+    if plan.marked:
+        what = f"{plan.result} keeps a mark of the attempt that was killed"
+        output.message("hint", f"{what}: nbd-vmdk repair {shlex.quote(plan.result)}")
     if not keep:
         tell_machines(plan.machines, plan.child.label, edited=edit_vm, dry_run=dry_run)
     return 0

@@ -323,6 +323,24 @@ def test_the_power_lost_at_any_step(quick_path: Path, kind: str, top: str | None
         case.finished()
 
 
+def is_marked(path: Path) -> bool:
+    return any(finding.slug == "unclean" for finding in check_image(path).findings)
+
+
+def test_what_goes_on_takes_the_mark_of_the_kill_away(quick_path: Path) -> None:
+    """Unless there is more to mend, such as a table that its twin does not agree with."""
+    case = Stopped(quick_path, "monolithicSparse")
+    taken = 0
+    for step in range(36, 60, 3):
+        killed = killed_at(step, partial(commit, case.fresh() / MIDDLE, threads=1))
+        if killed and (case.folder / MIDDLE).exists():
+            was_marked = is_marked(case.folder / MIDDLE)  # it, or its parent
+            plan = commit(case.folder / MIDDLE)
+            assert is_marked(case.folder / BASE) is plan.marked
+            taken += was_marked and not plan.marked
+    assert taken > 0
+
+
 def test_killed_while_going_on(quick_path: Path) -> None:
     case = Stopped(quick_path, "monolithicSparse")
     case.fresh()

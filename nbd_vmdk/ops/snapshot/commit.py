@@ -35,7 +35,10 @@ from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import Difference, FileMissing, InUse, VmdkError, WriteRefused
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.opener import open_link
+from nbd_vmdk.ops.check.runner import check_in
 from nbd_vmdk.ops.copy import Progress, copy
+from nbd_vmdk.ops.repair import apply_in
+from nbd_vmdk.ops.repair import make_plan as make_repair
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, sync_folder
 from nbd_vmdk.ops.sides import Comparer, DiskSource
 from nbd_vmdk.ops.snapshot import files, namefile
@@ -44,6 +47,7 @@ from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
 from nbd_vmdk.ops.snapshot.names import merging_name
 from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.units import MIB
 
 log = logging.getLogger("nbd_vmdk")
 
@@ -108,7 +112,25 @@ def commit(
         if plan.begun:
             log.warning("%s: %s", plan.child.label, _unfinished(plan))
         raise
+    if plan.stage in (Stage.MERGING, Stage.MERGED):
+        plan.marked = not _clear_mark(plan, place.options)
     return plan
+
+
+def _clear_mark(plan: Plan, options: OpenOptions) -> bool:
+    """Take the mark away that a killed attempt left in the parent: not closed cleanly.  False if it stays.
+
+    It goes only if a check finds that nothing else is to be mended.
+    """
+    chosen = OpenOptions(
+        allow_dirs=options.allow_dirs, allow_devices=options.allow_devices, locks=False, cache_size=MIB
+    )
+    repairs = make_repair(check_in(plan.parent.folder, plan.name, chosen)).chosen
+    slugs = {finding.slug for _repair, findings in repairs for finding in findings}
+    if slugs == {"unclean"}:
+        apply_in(plan.parent.folder, plan.name, chosen, undo=None)
+        return True
+    return "unclean" not in slugs
 
 
 def _commit(

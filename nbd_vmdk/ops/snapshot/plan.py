@@ -50,6 +50,7 @@ class Plan:
     snapshots      names of snapshots that froze the parent, whose state goes away
     room           bytes that are free where the parent is
     begun          something has been changed
+    marked         the parent still has the mark of an attempt that was killed, which repair can take away
     """
 
     child: LinkFile
@@ -65,6 +66,7 @@ class Plan:
     snapshots: list[str] = field(default_factory=list)
     room: int = 0
     begun: bool = False
+    marked: bool = False
 
     @property
     def result(self) -> str:
