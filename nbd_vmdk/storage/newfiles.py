@@ -15,7 +15,8 @@ extended attributes; the old ones are kept in the temporary folder until all wen
 meanwhile, as for writing: who has one open would go on with a file that nobody else can find any more.
 
 The temporary folder of a process that was killed is removed by the next one with the same target: a living
-maker holds a lock on its own, and gives it the name by which it is recognized only then.
+maker holds a lock on its own, and gives it the name by which it is recognized only then.  One that was killed
+before that has left an empty folder, which is recognized by its age.
 
 What is not done: several files are not replaced in one instant, so a kill or a power cut between the first
 and the last leaves some new and some old.  The temporary folder then still has the rest of both, and the
@@ -32,6 +33,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, Self, cast
 
@@ -46,6 +48,8 @@ _NO_REPLACE: Final = 1
 _NOT_KNOWN: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 #: Longest part of the target's name, in bytes, that the temporary folder's name repeats.
 _NAME_PART: Final = 200
+#: Seconds in which a maker surely locks the temporary folder that he has made.
+_YOUNG: Final = 60
 #: More files than this are synced side by side, so many at a time.
 _MANY: Final = 8
 #: Where, in the temporary folder, replaced files are kept under their own names.
@@ -108,6 +112,7 @@ class NewFiles:
     def _make_folder(self) -> None:
         part = os.fsdecode(os.fsencode(self._name)[:_NAME_PART])
         locked_name = f".{part}.new-"
+        _sweep_empty(self._into, f".{part}.tmp-")
         if kept := _sweep(self._into, locked_name):
             raise WriteRefused(
                 self._label(kept),
@@ -341,6 +346,25 @@ def _sweep(folder: int, prefix: str) -> str | None:
     except OSError:
         pass  # what can't be tidied up is in nobody's way
     return kept
+
+
+def _sweep_empty(folder: int, prefix: str) -> None:
+    """Remove what makers left who were killed before their temporary folders had their lock and name.
+
+    These are empty, and not of just now: a living maker is about to lock his own.
+    """
+    try:
+        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                found = os.fstat(fd)
+                is_old = time.time() - found.st_mtime > _YOUNG
+                if found.st_uid == os.geteuid() and is_old and not os.listdir(fd) and _lock(fd):
+                    os.rmdir(name, dir_fd=folder)
+            finally:
+                os.close(fd)
+    except OSError:
+        pass  # what can't be tidied up is in nobody's way
 
 
 def _is_needed(folder: int, left: int) -> bool:

@@ -231,6 +231,21 @@ def test_reserving(tmp_path: Path) -> None:
         assert os.stat(new.path("disk.vmdk")).st_size == 1 << 20
 
 
+def test_what_was_left_before_it_had_its_name_is_removed(tmp_path: Path) -> None:
+    old, young, full, other = (
+        tmp_path / f".{name}.vmdk.tmp-{name}" for name in ("disk", "disk", "disk", "no")
+    )
+    old, young, full = (old.with_name(old.name + letter) for letter in "abc")
+    for path in (old, young, full, other):
+        path.mkdir()
+    (full / "disk.vmdk").write_text("of a maker on a file system without locks")
+    for path in (old, full, other):
+        os.utime(path, (1, 1))
+    with NewFiles(tmp_path / "disk.vmdk"):
+        pass
+    assert set(tmp_path.iterdir()) == {young, full, other}
+
+
 def test_what_a_killed_run_left_is_removed_and_what_others_make_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
