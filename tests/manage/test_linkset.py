@@ -317,6 +317,17 @@ def test_deleting_what_others_stand_on(tmp_path: Path) -> None:
     assert names_in(tmp_path) == set()
 
 
+def test_a_tracking_file_that_another_disk_names_stays(tmp_path: Path) -> None:
+    """Of what a deletion that was stopped has left, that is not its own."""
+    path, other = (make(tmp_path, "monolithicFlat", SIZE, name=name) for name in ("a.vmdk", "b.vmdk"))
+    (tmp_path / "a-ctk.vmdk").write_bytes(b"\xa2r\x4d\x31" + bytes(508))
+    for each in (path, other):
+        each.write_text(each.read_text().replace("# Extent", 'changeTrackPath="a-ctk.vmdk"\n# Extent'))
+    path.rename(tmp_path / "a.vmdk.deleting")
+    assert [Path(name).name for name in delete(path).removes] == ["a-flat.vmdk", "a.vmdk.deleting"]
+    assert (tmp_path / "a-ctk.vmdk").exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_while_deleting(tmp_path: Path, kind: str) -> None:
     step = 0

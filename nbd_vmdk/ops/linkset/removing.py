@@ -13,6 +13,7 @@ from nbd_vmdk.look import find_owner
 from nbd_vmdk.ondisk.descriptor import MAX_DESCRIPTOR, Descriptor
 from nbd_vmdk.ops.rewrite import sync_folder
 from nbd_vmdk.ops.snapshot.files import remove_files
+from nbd_vmdk.ops.snapshot.tree import links_in
 from nbd_vmdk.storage.localfolder import LocalFolder
 
 #: What is put behind the name of a descriptor whose files are being removed.
@@ -57,8 +58,11 @@ def left_of(path: str) -> list[str]:
         return []
     there = folder.names()
     names = [line.name for line in descriptor.extents if line.name is not None]
-    if descriptor.change_track_path is not None and descriptor.change_track_path.endswith("-ctk.vmdk"):
-        names.append(descriptor.change_track_path)
+    tracking = descriptor.change_track_path
+    if tracking is not None and tracking.endswith("-ctk.vmdk"):
+        others = {link.descriptor.change_track_path for link in links_in(folder)}
+        if tracking not in others:
+            names.append(tracking)
     found = [
         os.path.join(home, each)
         for each in dict.fromkeys(names)
