@@ -155,11 +155,12 @@ def test_two_thousand_gibibytes_take_no_time(tmp_path: Path, kind: str) -> None:
         ("monolithicSparse", 2 * TIB),
         ("streamOptimized", 2 * TIB),
         ("vmfsSparse", 2 * TIB),
+        ("monolithicSparse", 9000 << 50),
         ("vmfs", 63 * TIB),
     ],
 )
 def test_what_is_too_large_is_refused(tmp_path: Path, kind: str, size: int) -> None:
-    with pytest.raises(OptionError, match="is too much for"):
+    with pytest.raises(OptionError, match=r"is too much for.*(62|less than 2) TiB"):
         create_image(tmp_path / "large.vmdk", size, kind=kind)
     assert names(tmp_path) == []
 

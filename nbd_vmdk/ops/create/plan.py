@@ -43,6 +43,14 @@ _MIN_SPLIT: Final = MIB
 #: More files than this no product has ever put a disk together from, nor may a process open many more.
 _MAX_EXTENTS: Final = 4096
 _MAX_VMFS: Final = 62 * TIB
+#: What to do about disks that are too large for kinds with their tables in one file.
+_TAKES_MORE: Final = {
+    "monolithicSparse": "--type twoGbMaxExtentSparse takes more",
+    "streamOptimized": "--type twoGbMaxExtentSparse takes more",
+    "vmfsSparse": "ESXi's own deltas of such disks are seSparse, which can't be made; "
+    "for other products, --type twoGbMaxExtentSparse takes more",
+}
+_ROOM: Final = "a file with tables has room for a little less than 2 TiB"
 _HWVERSIONS: Final = range(3, 100)
 
 
@@ -159,7 +167,8 @@ def _choose_size(
         raise OptionError(None, why="a disk needs at least one sector")
     most = _MAX_VMFS if kind.name == "vmfs" else MAX_OFFSET
     if given > most:
-        raise _too_large(given, kind, f"the largest is {format_size(most)}")
+        why = _ROOM if kind.name in _TAKES_MORE else f"the largest is {format_size(most)}"
+        raise _too_large(given, kind, why)
     return given
 
 
@@ -169,9 +178,8 @@ def _agree(given: int | None, must: int, why: str) -> None:
 
 
 def _too_large(size: int, kind: Kind, why: str) -> OptionError:
-    alone = kind.name in ("monolithicSparse", "streamOptimized", "vmfsSparse")
-    hint = "--type twoGbMaxExtentSparse takes more" if alone else None
-    return OptionError(None, why=f"{format_size(size)} is too much for {kind.name}: {why}", hint=hint)
+    why = f"{format_size(size)} is too much for {kind.name}: {why}"
+    return OptionError(None, why=why, hint=_TAKES_MORE.get(kind.name))
 
 
 def _choose_hardware(plan: Plan, options: CreateOptions, *, is_child: bool) -> None:
@@ -249,7 +257,7 @@ def _file(
     if word == "VMFSSPARSE":
         grain = _grain(options, cowd_build.DEFAULT_GRAIN, cowd_build.MIN_GRAIN, cowd_build.MAX_GRAIN)
         if not cowd_build.can_fill(sectors, grain_sectors=grain):
-            raise _too_large(sectors * SECTOR, plan.kind, "it has room for a little less than 2 TiB")
+            raise _too_large(sectors * SECTOR, plan.kind, _ROOM)
         geometry = geometry_for(sectors, plan.adapter or "lsilogic")
         return cowd_file(name, cowd_build.new_extent(sectors, grain_sectors=grain, geometry=geometry))
     grain = _grain(options, hosted_build.DEFAULT_GRAIN, hosted_build.MIN_GRAIN, hosted_build.MAX_GRAIN)
@@ -257,7 +265,7 @@ def _file(
         sectors, grain_sectors=grain, zeroed_grains=options.zeroed_grain, descriptor=is_main
     )
     if not hosted_build.can_fill(header):
-        raise _too_large(sectors * SECTOR, plan.kind, "a sparse extent has room for a little less than 2 TiB")
+        raise _too_large(sectors * SECTOR, plan.kind, _ROOM)
     if plan.kind.name == "streamOptimized":
         return stream_file(name, stream_build.stream_header(sectors, grain_sectors=grain))
     return sparse_file(name, header)
