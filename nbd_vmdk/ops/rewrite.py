@@ -15,10 +15,10 @@ nobody else can come to write it in between.
 
 import hashlib
 import os
-import shutil
 from typing import Final, Self
 
 from nbd_vmdk.errors import StorageError, Truncated, VmdkError, WriteRefused
+from nbd_vmdk.link import Link
 from nbd_vmdk.look import embedded_text
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import EMBEDDED_LIMIT, MAX_DESCRIPTOR, Descriptor
@@ -26,6 +26,7 @@ from nbd_vmdk.ondisk.probe import PROBE_LENGTH
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.newfiles import dress
 from nbd_vmdk.units import SECTOR, align_up
 
 #: What is put behind a file's name for the saved text of its descriptor: nothing that anybody else would put
@@ -93,7 +94,7 @@ class DescriptorFile:
             _unlink(beside)  # one that is there was left by a process that was killed
             file = _create(beside, self._storage.name)
             try:
-                _dress(beside, path)
+                dress(beside, path)
                 file.lock(writable=True)
                 file.write(text, 0)
                 file.sync()
@@ -181,6 +182,11 @@ def mend_folder(folder: Folder) -> None:
             mend_descriptor(folder, name.removesuffix(SAVED))
 
 
+def is_embedded(link: Link) -> bool:
+    """Whether the link's descriptor stands in one of its extents."""
+    return any(entry.extent.storage is link.storages[0] for entry in link.extents)
+
+
 def real_path(storage: Storage) -> str:
     """Where the open file really is, for what must be done by name: renaming, linking, removing.
 
@@ -245,17 +251,6 @@ def _create(path: str, label: str) -> LocalFile:
     except OSError as error:
         raise StorageError.of(error, label, "write its descriptor") from error
     return LocalFile(fd, label, writable=True)
-
-
-def _dress(new: str, old: str) -> None:
-    """Give the file ``new`` the permissions, owner and extended attributes of ``old``, as far as one may."""
-    stat = os.stat(old)
-    try:
-        os.chown(new, stat.st_uid, stat.st_gid)
-    except PermissionError:
-        pass  # only root can give files away
-    shutil.copystat(old, new)  # which passes over attributes that can't be set
-    os.utime(new)
 
 
 def _save(path: str, content: bytes) -> None:

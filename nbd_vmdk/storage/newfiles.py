@@ -251,7 +251,7 @@ class NewFiles:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._from)
             try:
                 if old:
-                    _dress(fd, self._label(name), old)
+                    dress(fd, self._label(name))
                 if self._durable:
                     os.fsync(fd)
                 return _Move(name, _identity(os.fstat(fd)), old is not None)
@@ -399,18 +399,22 @@ def _lstat(folder: int, name: str) -> os.stat_result | None:
         return None  # absent, or so odd that using the name will tell
 
 
-def _dress(fd: int, old_path: str, old: os.stat_result) -> None:
-    """Give the file ``fd`` the owner, permissions and extended attributes of ``old``, as far as one may."""
+def dress(new: int | str, old: str) -> None:
+    """Give the file ``new`` the owner, permissions and extended attributes of ``old``, as far as one may.
+
+    ``new`` is a path or a descriptor.  Raises OSError.
+    """
+    found = os.stat(old, follow_symlinks=False)
     try:
-        os.fchown(fd, old.st_uid, old.st_gid)
+        os.chown(new, found.st_uid, found.st_gid)
     except PermissionError:
         pass  # only root can give files away; then the new one is the caller's
     try:
-        for name in os.listxattr(old_path, follow_symlinks=False):
-            os.setxattr(fd, name, os.getxattr(old_path, name, follow_symlinks=False))
+        for name in os.listxattr(old, follow_symlinks=False):
+            os.setxattr(new, name, os.getxattr(old, name, follow_symlinks=False))
     except OSError:
         pass  # labels and access lists that this file system or this user can't set
-    os.fchmod(fd, stat.S_IMODE(old.st_mode))
+    os.chmod(new, stat.S_IMODE(found.st_mode))
 
 
 def _move_only(source: int, target: int, name: str) -> None:

@@ -1,7 +1,6 @@
 """Copying the files of a link one by one, holes kept, into a folder where they get their names at the end."""
 
 import os
-import shutil
 from collections.abc import Mapping
 
 from nbd_vmdk.errors import StorageError
@@ -9,11 +8,10 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ops.convert import new_file
 from nbd_vmdk.ops.copy import Progress, copy
-from nbd_vmdk.ops.linkset.names import is_embedded
-from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
+from nbd_vmdk.ops.rewrite import DescriptorFile, is_embedded, real_path
 from nbd_vmdk.ops.sides import StorageSink, StorageSource
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.newfiles import NewFiles
+from nbd_vmdk.storage.newfiles import NewFiles, dress
 
 
 class Copier:
@@ -37,7 +35,7 @@ class Copier:
                 self._file(storage, path, name, descriptor if storage is main else None)
 
     def text(self, old: str, name: str, content: bytes) -> None:
-        """Make the file ``name`` with this content; it gets the permissions of ``old``."""
+        """Make the file ``name`` with this content; it gets the permissions and the owner of ``old``."""
         made = new_file(self._new.path(name), self._new.path(name))
         try:
             made.write(content, 0)
@@ -65,6 +63,6 @@ class Copier:
 
 def _dress(old: str, new: str) -> None:
     try:
-        shutil.copymode(old, new)
+        dress(new, old)
     except OSError as error:
         raise StorageError.of(error, new, "give it the permissions of the old file") from error

@@ -14,7 +14,7 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.descriptor_build import extent_name
 from nbd_vmdk.ops.rewrite import real_path
-from nbd_vmdk.ops.snapshot.names import stem_of
+from nbd_vmdk.ops.snapshot.names import bare, stem_of
 
 _SUFFIX: Final = ".vmdk"
 
@@ -38,7 +38,7 @@ def new_names(link: Link, paths: Iterable[str], old: str, new: str) -> dict[str,
     Raises OptionError where two would be the same.
     """
     found: dict[str, str] = {}
-    stem, new_stem = _stem(old), _stem(new)
+    stem, new_stem = bare(old), bare(new)
     numbers = {
         os.path.basename(real_path(entry.extent.storage)): (number, entry.extent)
         for number, entry in enumerate(link.extents, 1)
@@ -63,10 +63,6 @@ def new_names(link: Link, paths: Iterable[str], old: str, new: str) -> dict[str,
 def _word(extent: Extent) -> str:
     word = extent.type_word
     return word if word in ("SPARSE", "VMFSSPARSE") else "FLAT"
-
-
-def _stem(name: str) -> str:
-    return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else name
 
 
 def with_names(
@@ -94,11 +90,6 @@ def with_names(
     except ValueError as error:
         raise WriteRefused(descriptor.file, why=str(error), hint="choose another name") from None
     return descriptor
-
-
-def is_embedded(link: Link) -> bool:
-    """Whether the link's descriptor stands in one of its extents."""
-    return any(entry.extent.storage is link.storages[0] for entry in link.extents)
 
 
 def chain_names(names: Sequence[str], new: str, there: Iterable[str]) -> list[str]:

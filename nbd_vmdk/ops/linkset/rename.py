@@ -35,13 +35,13 @@ from nbd_vmdk.opener import open_link
 from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.linkset.copying import Copier
-from nbd_vmdk.ops.linkset.names import is_embedded, new_names, target_path, with_names
+from nbd_vmdk.ops.linkset.names import new_names, target_path, with_names
 from nbd_vmdk.ops.linkset.removing import left_of, remove_set
-from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder
+from nbd_vmdk.ops.rewrite import DescriptorFile, is_embedded, mend_folder
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.machines import MachineFiles, Mention, find_mentions
 from nbd_vmdk.ops.snapshot.namefile import add_name, drop_name
-from nbd_vmdk.ops.snapshot.names import final_name
+from nbd_vmdk.ops.snapshot.names import bare, final_name
 from nbd_vmdk.ops.snapshot.records import records_in
 from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of, link_file, links_of, parent_of
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -292,7 +292,7 @@ def _finish(source: str, path: str, *, dry_run: bool) -> Renamed:
         raise FileMissing(source)
     home, old_name = os.path.split(os.path.realpath(source))
     new_home = os.path.dirname(os.path.realpath(path))
-    stem = old_name.removesuffix(".vmdk")
+    stem = bare(old_name)
     for line in there.descriptor.extents:
         new = os.path.join(new_home, last_component(line.name or ""))
         for each in () if left else LocalFolder.for_folder(home).names():

@@ -16,9 +16,14 @@ _MAX_NUMBER: Final = 999_999
 _MERGING: Final = re.compile(r"\.merging-([0-9a-f]{8})(?=\.vmdk$)")
 
 
+def bare(name: str) -> str:
+    """The name without ``.vmdk``, however that is written."""
+    return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else name
+
+
 def stem_of(name: str) -> str:
     """What the names of all links of a disk begin with: ``disk`` for ``disk-000002.vmdk``."""
-    stem = name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else name
+    stem = bare(name)
     return _NUMBERED.sub("", stem) or stem
 
 
@@ -45,8 +50,7 @@ def _first_free(stem: str, pattern: str, taken: Collection[str]) -> str:
 
 def merging_name(parent: str, cid: int) -> str:
     """What ``parent`` is called while the child with the content ID ``cid`` is merged into it."""
-    stem = parent[: -len(_SUFFIX)] if parent.lower().endswith(_SUFFIX) else parent
-    return f"{stem}.merging-{cid:08x}{_SUFFIX}"
+    return f"{bare(parent)}.merging-{cid:08x}{_SUFFIX}"
 
 
 def final_name(name: str) -> str | None:

@@ -16,8 +16,8 @@ from nbd_vmdk.errors import (
     WriteRefused,
 )
 from nbd_vmdk.link import Link
-from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import is_absolute
+from nbd_vmdk.ops.rewrite import is_embedded
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.machines import Mention, find_mentions
 from nbd_vmdk.ops.snapshot.merge import Amount, amount
@@ -197,8 +197,7 @@ def measure(plan: Plan, child: Link, parent: Link) -> None:
     if not parent.writable:
         raise WriteRefused(parent.name, why=files.why_read_only(parent))
     assert parent.descriptor is not None
-    embedded = parent.storages[0].read(0, 4) == hosted.MAGIC
-    if embedded and len([line for line in parent.descriptor.extents if line.sectors]) > 1:
+    if is_embedded(parent) and len([line for line in parent.descriptor.extents if line.sectors]) > 1:
         raise WriteRefused(parent.name, why="its descriptor is inside one of several extents")
     plan.amount = amount(child, parent)
     room = os.statvfs(plan.parent.folder.name)
