@@ -88,6 +88,32 @@ def test_a_machine_with_several_disks(tmp_path: Path) -> None:
     assert locate(f"{vmx}:scsi0:1").path == made.path == str(tmp_path / "far" / "second-000001.vmdk")
 
 
+def test_a_machine_by_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    make_base(tmp_path)
+    vmx = machine(tmp_path, BASE)
+    (tmp_path / "links" / "vm.vmx").symlink_to("../vm.vmx")
+    (tmp_path / "links" / "all").symlink_to("..")
+    for number, name in enumerate(("vm.vmx", "vm.vmx:scsi0:0", "all"), 1):
+        made = create_child(tmp_path / "links" / name, edit_vm=True)
+        assert made.path == str(tmp_path / f"disk-{number:06}.vmdk")
+        assert locate(vmx).path == made.path
+    assert (tmp_path / "links" / "vm.vmx").is_symlink()
+
+
+def test_the_machine_is_in_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "vm").mkdir()
+    base = make_base(tmp_path / "store")
+    vmx = machine(tmp_path / "vm", str(base))
+    allowed: dict[str, Any] = {"allow_dirs": (tmp_path / "store",)}
+    made = create_child(vmx, edit_vm=True, **allowed)
+    assert [(each.file, each.new) for each in made.machines] == [(str(vmx), str(tmp_path / "store" / MIDDLE))]
+    assert locate(vmx, **allowed).path == made.path == str(tmp_path / "store" / MIDDLE)
+    commit(vmx, edit_vm=True, **allowed)
+    assert locate(vmx, **allowed).path == str(base)
+
+
 def test_what_is_in_an_appliance_stays(tmp_path: Path) -> None:
     make_base(tmp_path)
     convert(tmp_path / BASE, tmp_path / "app.ova")

@@ -52,7 +52,10 @@ class Place:
 
         Raises as opening a link does, if there is none.
         """
-        named = image_in(path, options)
+        warnings: list[str] = []
+        named = image_in(path, options, warnings)
+        for warning in warnings:
+            log.warning("%s", warning)
         if os.path.islink(named):
             # Names are changed and files are replaced here: only the real ones will do.
             named = os.path.realpath(named)
@@ -83,35 +86,41 @@ class Place:
         return links_of([*self.folders, *(other.folder for other in others if other is not None)])
 
 
-def image_in(path: str | os.PathLike[str], options: OpenOptions) -> str:
+def image_in(path: str | os.PathLike[str], options: OpenOptions, warnings: list[str] | None = None) -> str:
     """The path of the image that a user named, or of the only disk of the machine or the folder that he did.
 
+    What is odd about it goes into ``warnings``.
     Raises NotVmdk with the words for each disk where there are several, Unsupported for one in an appliance,
     and what is wrong with a machine.
     """
     named = os.fspath(path)
     if not leads_to_disks(named):
         return named
+    container = container_of(named)
+    if os.path.islink(container):
+        named = (
+            os.path.realpath(container) + named[len(container) :]
+        )  # what it names lies beside the real one
     found = locate(named, allow_dirs=options.allow_dirs, allow_devices=options.allow_devices)
-    if not isinstance(found.folder, LocalFolder) or container_of(named).lower().endswith(_PACKED):
+    if not isinstance(found.folder, LocalFolder) or container.lower().endswith(_PACKED):
         raise Unsupported(
             found.path,
             what="a disk in an appliance, which stays as it is",
             hint="nbd-vmdk convert makes an image of it",
         )
-    for warning in found.warnings:
-        log.warning("%s", warning)
+    if warnings is not None:
+        warnings += found.warnings
     return found.path
 
 
 def _machine_folder(path: str, image: str, options: OpenOptions) -> Iterator[Folder]:
     """The folder of the machine by which the user named the image, if that is another one."""
-    container = container_of(path)
+    container = os.path.realpath(container_of(path))
     if path == image or os.path.isdir(container):
         return
-    folder, beside = (os.path.realpath(os.path.dirname(each)) for each in (container, image))
-    if folder != beside:
-        yield LocalFolder.for_folder(os.path.dirname(container) or os.curdir, (*options.allow_dirs, beside))
+    beside = os.path.realpath(os.path.dirname(image))
+    if os.path.dirname(container) != beside:
+        yield LocalFolder.for_folder(os.path.dirname(container), (*options.allow_dirs, beside))
 
 
 def opening(options: dict[str, Any], **more: Any) -> OpenOptions:
