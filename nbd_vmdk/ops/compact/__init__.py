@@ -115,7 +115,7 @@ def _refuse_damage(place: files.Place) -> None:
             raise WriteRefused(
                 place.link.label,
                 why=f"it is damaged ({finding.what})",
-                hint=f"nbd-vmdk repair {place.link.label} shows what can be mended",
+                hint=f"nbd-vmdk repair {place.link.word} shows what can be mended",
             )
 
 

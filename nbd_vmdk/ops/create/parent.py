@@ -1,6 +1,7 @@
 """The parent of a new child link: opened for reading, looked at, kept as it is until the child is made."""
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
         )
     if top.cid is None or top.cid == NO_PARENT:
         what = "it has no valid content ID, so it can't be a parent"
-        hint = None if top.cid is None else f"nbd-vmdk repair {top.name} gives it one"
+        hint = None if top.cid is None else f"nbd-vmdk repair {shlex.quote(top.name)} gives it one"
         raise Unsupported(top.name, what=what, hint=hint)
     if not isinstance(top.folder, LocalFolder):
         what = "a child can't name a parent inside an archive"

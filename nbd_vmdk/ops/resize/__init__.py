@@ -96,7 +96,7 @@ def resize(
         raise WriteRefused(
             link.label,
             why=f"{children[0].label} stands on it, and needs a parent that stays as it is",
-            hint=f"resize the top of the chain instead: nbd-vmdk resize {children[0].label}",
+            hint=f"resize the top of the chain instead: nbd-vmdk resize {children[0].word}",
         )
     with ExitStack() as held:
         work = _Work(place, _open(held, place, dry_run=dry_run), held)

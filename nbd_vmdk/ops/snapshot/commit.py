@@ -99,7 +99,7 @@ def commit(
         raise WriteRefused(
             plan.parent.label,
             why=f"it has other children, which merging into it would make invalid: {names}",
-            hint=f"nbd-vmdk snapshot rebase --flatten {plan.breaks[0].label} makes one independent; "
+            hint=f"nbd-vmdk snapshot rebase --flatten {plan.breaks[0].word} makes one independent; "
             "--break-children gives them up",
         )
     try:

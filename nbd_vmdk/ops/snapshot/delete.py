@@ -74,7 +74,7 @@ def delete_link(
         raise WriteRefused(
             link.label,
             why=f"it is being merged into {name}, which is no whole disk without it",
-            hint=f"finish that first: nbd-vmdk snapshot commit {link.label}",
+            hint=f"finish that first: nbd-vmdk snapshot commit {link.word}",
         )
     links = place.links()
     children = children_of(link, links)
@@ -93,7 +93,7 @@ def delete_link(
         raise WriteRefused(
             link.label,
             why=f"it is the base of {', '.join(child.label for child in children)}",
-            hint=f"nbd-vmdk snapshot commit {children[0].label} merges the child into it; "
+            hint=f"nbd-vmdk snapshot commit {children[0].word} merges the child into it; "
             "nbd-vmdk snapshot rebase --flatten makes a child independent of it",
         )
     if children and (found.parent is None or not link.expects(found.parent)):

@@ -1,6 +1,7 @@
 """What a merge would do, and how far an earlier attempt at it came: all that is known before it begins."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
@@ -126,7 +127,8 @@ def _check_names(plan: Plan) -> None:
         raise WriteRefused(
             parent.label,
             why=f"{plan.child.label} names it by a symbolic link",
-            hint=f"snapshot rebase --relink {plan.child.label} --parent {os.path.realpath(parent.path)}",
+            hint=f"nbd-vmdk snapshot rebase --relink {plan.child.word} "
+            f"--parent {shlex.quote(os.path.realpath(parent.path))}",
         )
     if is_absolute(plan.name):
         raise WriteRefused(parent.label, why="its name would be taken for a path of Windows")

@@ -6,6 +6,7 @@ whether it is still the parent is said by the content IDs.
 """
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class LinkFile:
     def label(self) -> str:
         """The path, as the user would write it."""
         return os.path.normpath(self.folder.label(self.name))
+
+    @property
+    def word(self) -> str:
+        """The same as a word of a command, for hints."""
+        return shlex.quote(self.label)
 
     @property
     def path(self) -> str:
