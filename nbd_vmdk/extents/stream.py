@@ -17,10 +17,12 @@ from nbd_vmdk.errors import BadField, FormatError, Truncated, Unreadable, Unsupp
 from nbd_vmdk.extents.base import Kind, Mapping
 from nbd_vmdk.extents.hosted import HostedTables
 from nbd_vmdk.extents.sparse import SparseExtent
+from nbd_vmdk.extents.stored import layout_of, read_stored, span
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.stream import FOOTER_LENGTH, GRAIN_MARKER, footer_header_offset
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.units import MIB, SECTOR
 
 #: Inflating needs a whole grain in memory; no writer makes compressed grains over 64 KiB.
@@ -46,9 +48,13 @@ class Inflater:
     """Reads guest bytes by inflating the grains that hold them; see extents.base.Source.
 
     Inflated grains go to the shared cache, but for those that a larger request takes whole: a disk that is
-    read from one end to the other would push everything out and come back to nothing.  Every way in which a
-    record can be wrong ends in an error that names it: a marker for another grain, a size that can't be, a
-    broken stream, a grain that inflates short.
+    read from one end to the other would push everything out and come back to nothing.  When nearly half of
+    the cache has been filled so, of a grain whose bytes are only stored (see stored.py) nothing but the
+    layout is kept.  Copying bytes out of the cache is faster than reading the file, but that is faster than
+    inflating again.
+
+    Every way in which a record can be wrong ends in an error that names it: a marker for another grain, a
+    size that can't be, a broken stream, a grain that inflates short.
     """
 
     def __init__(
@@ -67,46 +73,78 @@ class Inflater:
         # What lies behind the capacity is no loss.
         self._needed = min(size, header.capacity)
         self._file_size = storage.size
+        # Where a file is not one of this machine (it is inside gzip data), reading again may be dear.
+        self._direct = isinstance(storage, LocalFile)
+        #: Grains whose bytes are still to be kept, though they may be only stored.  A generation of the cache
+        #: holds them all and many layouts: it would end all the time if they filled it.
+        self._room = cache.budget // 16 * 7 // self._grain
 
     def read_into(self, buf: memoryview, at: int) -> None:
         """Fill ``buf`` with the extent's bytes from ``at`` on, all of which lie in packed grains."""
-        done, length = 0, len(buf)
+        grain = self._grain
+        index = at // grain
+        within = at - index * grain
+        length = len(buf)
+        if within + length <= grain:
+            self._read_grain(buf, index, within, keep=True)
+            return
+        done = 0
         while done < length:
-            index, within = divmod(at + done, self._grain)
-            count = min(self._grain - within, length - done)
+            count = min(grain - within, length - done)
             # Whoever asks for several grains at once reads on, and does not come back to those he got whole.
-            keep = count < self._grain or count == length
-            plain = self._cache.young.get(self._key + index) or self._plain(index, keep=keep)
-            piece = memoryview(plain)[within : within + count]
-            if len(piece) != count:
-                raise self._damaged(index, f"it inflates to {len(plain)} bytes only")
-            if count == length:
-                buf[:] = piece
-                return
-            buf[done : done + count] = piece
+            self._read_grain(buf[done : done + count], index, within, keep=count < grain)
             done += count
+            index += 1
+            within = 0
+
+    def _read_grain(self, buf: memoryview, index: int, within: int, *, keep: bool) -> None:
+        key = self._key + index
+        known = self._cache.young.get(key) or self._cache.get(key)
+        if isinstance(known, array):
+            read_stored(self._storage, known, buf, within)
+            return
+        plain = known or self._learn(index, keep=keep)
+        piece = memoryview(plain)[within : within + len(buf)]
+        if len(piece) != len(buf):
+            raise self._damaged(index, f"it inflates to {len(plain)} bytes only")
+        buf[:] = piece
 
     def advise(self, at: int, length: int) -> None:
         """Bring the grains that hold these bytes into the cache."""
         for index in range(at // self._grain, -(-(at + length) // self._grain)):
-            self._plain(index, keep=True)
+            known = self._cache.get(self._key + index)
+            if known is None:
+                self._learn(index, keep=True)
+            elif isinstance(known, array):
+                self._storage.advise(known[0], span(known))
 
-    def _plain(self, index: int, *, keep: bool) -> "bytes | bytearray | array[int]":
-        plain = self._cache.get(self._key + index)
-        if plain is None:
-            number, slot = divmod(index, self._per_table)
-            table = self._tables.get(number)
-            assert table is not None, "a packed grain has a table"
-            sector = table[slot]
-            # Writers put records one behind the other, so the next entry mostly tells where this one ends.
-            following = table[slot + 1] if slot + 1 < len(table) else 0
-            plain = self._inflated(index, sector * SECTOR, (following - sector) * SECTOR)
-            if keep:
-                self._cache.put(self._key + index, plain)
+    def _learn(self, index: int, *, keep: bool) -> bytes | bytearray:
+        """Inflate a grain; with ``keep`` remember its bytes, or where they are stored."""
+        number, slot = divmod(index, self._per_table)
+        table = self._tables.get(number)
+        assert table is not None, "a packed grain has a table"
+        sector = table[slot]
+        # Writers put records one behind the other, so the next entry mostly tells where this one ends.
+        following = table[slot + 1] if slot + 1 < len(table) else 0
+        stream, place, plain = self._inflated(index, sector * SECTOR, (following - sector) * SECTOR)
+        if keep:
+            self._keep(self._key + index, plain, stream, place)
         return plain
 
-    def _inflated(self, index: int, at: int, likely: int) -> bytes | bytearray:
-        """The grain whose record starts at ``at`` and probably is ``likely`` bytes long."""
+    def _keep(self, key: int, plain: bytes | bytearray, stream: memoryview, place: int) -> None:
+        if self._direct and self._room <= 0:
+            layout = layout_of(stream, place, self._grain)
+            if layout is not None:
+                self._cache.put(key, layout)
+                return
+        self._room -= 1
+        self._cache.put(key, plain)
+
+    def _inflated(self, index: int, at: int, likely: int) -> tuple[memoryview, int, bytes | bytearray]:
+        """The grain whose record starts at ``at`` and probably is ``likely`` bytes long.
+
+        That is its stream, the byte of the file where that begins, and what it inflates to.
+        """
         if not 0 < likely <= 2 * self._grain:
             likely = self._grain // 2 + SECTOR  # deflated grains are seldom larger
         if at + likely > self._file_size:
@@ -124,12 +162,13 @@ class Inflater:
             if begin + size > len(data):
                 data += self._storage.read(at + len(data), begin + size - len(data))
             try:
-                plain = inflate(memoryview(data)[begin : begin + size], self._grain)
+                stream = memoryview(data)[begin : begin + size]
+                plain = inflate(stream, self._grain)
             except CorruptGrain as error:
                 problem = problem or str(error)
                 continue
             if len(plain) >= need:
-                return plain
+                return stream, at + begin, plain
             problem = problem or f"it inflates to {len(plain)} bytes only"
         raise self._damaged(index, problem)
 
