@@ -200,6 +200,8 @@ class StorageError(VmdkError):
         made.errno = _PASSED.get(error.errno or _errno.EIO, _errno.EIO)
         if error.errno in (_errno.EACCES, _errno.EPERM, _errno.EROFS) and doing == "open for writing":
             made.hint = "to serve it without writing, add -r"
+        elif error.errno == _errno.EMFILE:
+            made.hint = "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
         return made
 
 

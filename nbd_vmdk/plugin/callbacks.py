@@ -6,13 +6,13 @@ errno values and log lines.  Parameters are the names of :class:`~nbd_vmdk.optio
 ``file`` may be repeated, and be whatever ``nbd-vmdk serve`` takes.
 """
 
-import builtins
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import wraps
 from threading import get_ident
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -26,6 +26,8 @@ from nbd_vmdk.errors import OptionError, VmdkError, printable
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.plugin import ending
+from nbd_vmdk.plugin.commandline import nbdkit_is_read_only
+from nbd_vmdk.plugin.descriptors import warn_of_few
 from nbd_vmdk.plugin.errorlog import ErrorLog
 from nbd_vmdk.plugin.exports import Exports, describe, open_exports
 from nbd_vmdk.plugin.heap import keep_freed_memory
@@ -78,9 +80,6 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 #: Exports that an error lists.
 _LISTED = 20
 
-#: nbdkit's options of one letter that take a value.
-_VALUED = frozenset("DegipPtuU")
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -92,7 +91,7 @@ class Plugin:
         self.files: list[str] = []
         self.snapshot: str | None = None
         self.skip_broken = False
-        self.read_only = _nbdkit_is_read_only()
+        self.read_only = nbdkit_is_read_only()
         self.options: dict[str, Any] = {}
         self.allow_dirs: list[str] = []
         self.overlays: list[str] = []
@@ -104,6 +103,9 @@ class Plugin:
     def configure(self, key: str, value: str) -> None:
         """Take a parameter.  Paths are made absolute now: nbdkit in the background runs in ``/``."""
         name = key.replace("-", "_")
+        if not value and name != "overlay" and name.replace("_", "-") in _HELP:
+            # The absolute path of nothing is the current folder, which "file=$UNSET" would serve.
+            raise OptionError(None, why=f"{key}= has no value")
         if name == "file":
             self.files.append(os.path.abspath(value))
         elif name == "read_only":
@@ -130,7 +132,11 @@ class Plugin:
         elif name in _SWITCHES:
             self.options[name] = _boolean(key, value)
         else:
-            raise OptionError(None, why=f"unknown parameter {key}={value}", hint=f"known are {_PARAMETERS}")
+            near = get_close_matches(key, _HELP, n=1)
+            hint = f"is it {near[0]}? " if near else ""
+            raise OptionError(
+                None, why=f"unknown parameter {key}={value}", hint=f"{hint}known are {_PARAMETERS}"
+            )
 
     def start(self) -> None:
         """Open the disks and check everything that can be checked before serving."""
@@ -149,7 +155,7 @@ class Plugin:
         if self.stats is not None:
             self.stats.count(self.exports.disks)
             self.stats.listen()
-        for warning in self.exports.warnings:
+        for warning in (*self.exports.warnings, *warn_of_few()):
             sys.stderr.write(f"warning: {printable(warning)}\n")
         sys.stderr.flush()
 
@@ -168,22 +174,26 @@ class Handle:
         self.threads = self.states.threads
 
 
+#: All parameters and what they are for, as ``--dump-plugin`` tells it.
+_HELP = {
+    "file": "an image, a folder, a machine (.vmx) or an appliance (.ovf, .ova); may be repeated (required)",
+    "read-only": "true: nothing is changed; as nbdkit's -r",
+    "snapshot": "of a .vmx or .vmsd: the disks of this snapshot, by its name or number",
+    "skip-broken": "true: leave out what can't be opened, and serve the rest",
+    "parent": "a file that is the parent, whatever the descriptor says",
+    "overlay": "a child link that takes the writes of the disk; one for each disk, in order",
+    "scratch": "true: the overlays are thrown away in the end, so nothing in them is made durable",
+    "stats": "the path of a unix socket on which numbers are told",
+    "allow-dir": "a folder, besides the image's own, whose files it may name; may be repeated",
+    "cache-size": "memory for tables and inflated grains, such as 64M",
+    "allow-devices": "true: an image may name block devices in an allowed folder",
+    "drop-ctk": "true: write although changes are tracked, and end the tracking",
+    "ignore-cid": "true: warn of content IDs that do not agree, and go on",
+    "salvage": "true: read what is left of a damaged streamOptimized image; the rest is EIO",
+    "write-parent": "true: write although a snapshot stands on the image, and spoil that",
+}
 _SWITCHES = {field.name for field in fields(OpenOptions) if field.type is bool} - {"writable", "locks"}
-_PARAMETERS = ", ".join(
-    [
-        "file",
-        "read-only",
-        "snapshot",
-        "skip-broken",
-        "parent",
-        "overlay",
-        "scratch",
-        "stats",
-        "allow-dir",
-        "cache-size",
-        *sorted(s.replace("_", "-") for s in _SWITCHES),
-    ]
-)
+_PARAMETERS = ", ".join(_HELP)
 
 
 def _boolean(key: str, value: str) -> bool:
@@ -192,33 +202,6 @@ def _boolean(key: str, value: str) -> bool:
     if value.lower() in _FALSE:
         return False
     raise OptionError(None, why=f"{key} is {value!r}, not true or false")
-
-
-def _nbdkit_is_read_only() -> bool:
-    """Tell whether nbdkit was started with -r.
-
-    Its Python plugin is only told when a client connects, which is too late: opening for writing takes locks
-    and may be refused.  So the command line is looked at, as nbdkit itself reads it.
-    """
-    try:
-        with builtins.open("/proc/self/cmdline", "rb") as file:
-            words = iter([os.fsdecode(word) for word in file.read().split(b"\0")[1:-1]])
-    except OSError:
-        return False
-    for word in words:
-        if word == "--":
-            break
-        if word.startswith("--re"):  # --readonly and --read-only; nbdkit has no other
-            return True
-        if word.startswith("-") and not word.startswith("--"):
-            # Letters may stand together, and a value with its letter or behind it: -frU, -U/tmp/r, -e -r.
-            letters = word[1:]
-            valued = next((at for at, letter in enumerate(letters) if letter in _VALUED), len(letters))
-            if "r" in letters[:valued]:
-                return True
-            if valued == len(letters) - 1:
-                next(words, None)
-    return False
 
 
 # Errors.
@@ -257,6 +240,7 @@ def dump_plugin() -> None:
         f"nbd_vmdk_version={__version__}\n"
         f"nbd_vmdk_parameters={_PARAMETERS.replace(', ', ' ')}\n"
         f"nbd_vmdk_inflate={INFLATE_LIBRARY}\n"
+        + "".join(f"nbd_vmdk_parameter_{key.replace('-', '_')}={text}\n" for key, text in _HELP.items())
     )
     sys.stdout.flush()
 

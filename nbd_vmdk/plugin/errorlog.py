@@ -15,7 +15,7 @@ class ErrorLog:
 
     nbdkit's Python plugin prints a traceback for every exception.  For a VmdkError there is nothing in it
     that a user needs; for a bug there is, and it is kept.  nbdkit prints something for each failed request,
-    so many in a short time are cut down to their slug.
+    so many in a short time are cut down to their slug.  The word ``error:`` is nbdkit's own.
     """
 
     def __init__(self) -> None:
@@ -36,5 +36,5 @@ class ErrorLog:
             self._period_ends, self._count = now + _PERIOD, 0
         self._count += 1
         if self._count > _LOGGED:
-            return [f"error: {error.slug} (more of these are not shown in full)"]
-        return [f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else "")]
+            return [f"{error.slug} (more of these are not shown in full)"]
+        return [str(error) + (f"\nhint: {error.hint}" if error.hint else "")]

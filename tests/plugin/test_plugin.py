@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import nbd
@@ -17,6 +18,7 @@ import pytest
 
 from nbd_vmdk import __version__, open_disk
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.options import OpenOptions
 from tests.engine import same
 from tests.images import desc, peek
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -158,6 +160,11 @@ def test_dump_plugin() -> None:
     assert told["nbd_vmdk_version"] == __version__
     assert {"file", "allow-dir", "cache-size", "salvage"} <= set(told["nbd_vmdk_parameters"].split())
     assert told["nbd_vmdk_inflate"]
+    # Each has a line that says what it is for, and none is left out that the engine has.
+    for name in told["nbd_vmdk_parameters"].split():
+        assert told[f"nbd_vmdk_parameter_{name.replace('-', '_')}"]
+    known = {field.name for field in fields(OpenOptions)} - {"writable", "locks", "overlaid", "allow_dirs"}
+    assert {name.replace("_", "-") for name in known} <= set(told["nbd_vmdk_parameters"].split())
     assert told["max_thread_model"] == "parallel"
     assert not done.stderr
 
@@ -475,8 +482,38 @@ def test_bad_parameters_stop_nbdkit(tmp_path: Any) -> None:
         (f"file={path}", "cache-size=lots"): "is not a size",
         (f"file={path}", "locks=no"): "unknown parameter locks",
         (f"file={path}", "writable=no"): "unknown parameter writable",
+        # "file=$UNSET" must not serve the folder that we are in.
+        ("file=",): "file= has no value",
+        (f"file={path}", "parent="): "parent= has no value",
+        (f"file={path}", "allow_dir="): "allow_dir= has no value",
     }.items():
-        assert says in refusal("python", PLUGIN, *words)
+        said = refusal("python", PLUGIN, *words)
+        assert says in said
+        assert "error: error:" not in said
+    assert "hint: is it file? known are file, " in refusal("python", PLUGIN, f"fiel={path}")
+
+
+def test_too_few_descriptors(serve: Serve, tmp_path: Any) -> None:
+    """What a client finds then is silence, so it is said before one comes; and which limit is meant."""
+    image = desc.split_flat(str(tmp_path), "many", Content(4 * MIB), 128)
+
+    def limited(limit: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    server = serve(image.path, preexec_fn=limited(100))
+    assert server.connect().get_size() == 4 * MIB
+    assert server.stop() == 0
+    assert "of 100 file descriptors" in server.errors
+    server = serve(image.path, preexec_fn=limited(400))
+    assert server.stop() == 0
+    assert "file descriptors" not in server.errors
+    command = ["nbdkit", "-f", "-U", "-", "python", PLUGIN, f"file={image.path}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment(), preexec_fn=limited(50)
+    )
+    assert done.returncode == 1
+    assert "Too many open files" in done.stderr
+    assert "hint: let it have more files open: ulimit -n" in done.stderr
 
 
 def test_parameters_reach_the_engine(serve: Serve, tmp_path: Any) -> None:
