@@ -10,8 +10,8 @@ from nbd_vmdk.units import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The image, as the user names it.  Whether it is there is the engine's to say, in its own words.
-image_argument = click.argument("image", type=click.Path())
+#: The image, as the user names it.  Whether it is there and may be read is the engine's to say.
+image_argument = click.argument("image", type=click.Path(readable=False))
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
