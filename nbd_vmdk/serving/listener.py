@@ -13,17 +13,20 @@ import fcntl
 import grp
 import ipaddress
 import os
-import shutil
 import socket
 import stat
 import tempfile
 from urllib.parse import quote
 
 from nbd_vmdk.errors import InUse, OptionError, StorageError
+from nbd_vmdk.serving.scratch import HeldFolder
 from nbd_vmdk.serving.tls import ServerTls
 
 #: sun_path holds 108 bytes, the last one a NUL.
 _MAX_SOCKET_PATH = 107
+
+#: What the names of private folders begin with; all of them are held by who made them.
+_FOLDER = "nbd-vmdk-run-"
 
 #: Clients that may knock before nbdkit takes the first one, as nbdkit itself has it.
 _BACKLOG = 128
@@ -44,7 +47,7 @@ class Listener:
     """
 
     def __init__(
-        self, made: socket.socket, *, folder: str | None = None, name: str = "", given: bool = False
+        self, made: socket.socket, *, folder: HeldFolder | None = None, name: str = "", given: bool = False
     ) -> None:
         self.socket = made
         self._folder = folder
@@ -119,9 +122,13 @@ class Listener:
             and len(os.fsencode(self.path + suffix)) <= _MAX_SOCKET_PATH
         ):
             return self.path + suffix
+        return self.private(suffix)
+
+    def private(self, suffix: str) -> str:
+        """The path of a file that goes with this socket, in a private folder."""
         if self._folder is None:
             self._folder = _private_folder()
-        return os.path.join(self._folder, f"socket{suffix}")
+        return os.path.join(self._folder.path, f"socket{suffix}")
 
     def release(self) -> None:
         """Close this process's copy, once nbdkit has its own: when it goes, clients are refused."""
@@ -133,25 +140,25 @@ class Listener:
         if self.path is not None and self._ours is not None and _identity(self.path) == self._ours:
             os.unlink(self.path)
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
-def _private_folder() -> str:
+def _private_folder() -> HeldFolder:
     """A new folder that only this user can enter."""
     # A service has a folder of its own.  A socket's path has little room: a long TMPDIR is passed over.
     named = [os.environ.get(name, "") for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR")]
     folders = [*named, "/tmp"]  # noqa: S108  mkdtemp makes a folder of mode 0700
     usable = [each for each in folders if os.path.isabs(each) and os.access(each, os.W_OK | os.X_OK)]
-    return tempfile.mkdtemp(prefix="nbd-vmdk-", dir=usable[0] if usable else None)
+    return HeldFolder(usable[0] if usable else tempfile.gettempdir(), _FOLDER)
 
 
 def listen_private() -> Listener:
     """A unix socket in a new folder that only this user can enter."""
     folder = _private_folder()
     try:
-        return _listen_unix(os.path.join(folder, "socket"), folder=folder)
+        return _listen_unix(os.path.join(folder.path, "socket"), folder=folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
 
 
@@ -276,7 +283,7 @@ def given_listener(*, insecure: bool = True) -> Listener | None:
 
 
 def _listen_unix(
-    path: str, mode: int | None = None, group: int | None = None, *, folder: str | None = None
+    path: str, mode: int | None = None, group: int | None = None, *, folder: HeldFolder | None = None
 ) -> Listener:
     made = socket.socket(socket.AF_UNIX)
     bound = False

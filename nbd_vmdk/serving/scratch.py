@@ -1,10 +1,10 @@
-"""A private folder for what need not outlive us, removed in the end: by us, or by the next one after a crash.
+"""Private folders for what need not outlive us, removed in the end: by us, or by the next one after a crash.
 
-Its owner holds a lock on it, which the kernel drops with the process, whatever becomes of that.  Who makes
-a folder of his own removes those beside it that are his user's and that nobody holds.
+Its owner holds a lock on a folder, which the kernel drops with the process, whatever becomes of that.  Who
+makes a folder of his own removes those of the same kind beside it that are his user's and that nobody holds.
 
-Where: what is thrown away may still be as large as the disks that are written to.  ``/tmp`` is often in
-memory, so it is ``$TMPDIR`` or else ``/var/tmp``, unless the user names a place.
+Where scratch disks are: what is thrown away may still be as large as the disks that are written to.  ``/tmp``
+is often in memory, so it is ``$TMPDIR`` or else ``/var/tmp``, unless the user names a place.
 """
 
 import fcntl
@@ -25,19 +25,16 @@ def scratch_place() -> str:
     return usual if os.path.isdir(usual) else tempfile.gettempdir()
 
 
-class ScratchFolder:
-    """A new folder ``path`` that only this user can enter; a context manager that removes it.
+class HeldFolder:
+    """A new folder ``path`` in ``where`` that only this user can enter; a context manager that removes it.
 
-    Raises OptionError if ``place`` is no folder, StorageError if none can be made there.
+    Its name, and that of all of its kind, begins with ``prefix``.  Raises StorageError if none can be made.
     """
 
-    def __init__(self, place: str | os.PathLike[str] | None = None) -> None:
-        where = os.path.abspath(place or scratch_place())
-        if not os.path.isdir(where):
-            raise OptionError(where, why="is no folder", hint="name one that is there with --scratch-dir")
-        _sweep(where)
+    def __init__(self, where: str, prefix: str) -> None:
+        _sweep(where, prefix)
         try:
-            self.path, self._held = _make(where)
+            self.path, self._held = _make(where, prefix)
         except OSError as error:
             raise StorageError.of(error, where, "make a folder") from error
 
@@ -55,9 +52,19 @@ class ScratchFolder:
         self.remove()
 
 
-def _make(where: str) -> tuple[str, int]:
+class ScratchFolder(HeldFolder):
+    """A folder in ``place`` for disks that are thrown away.  Raises OptionError if that is no folder."""
+
+    def __init__(self, place: str | os.PathLike[str] | None = None) -> None:
+        where = os.path.abspath(place or scratch_place())
+        if not os.path.isdir(where):
+            raise OptionError(where, why="is no folder", hint="name one that is there with --scratch-dir")
+        super().__init__(where, _PREFIX)
+
+
+def _make(where: str, prefix: str) -> tuple[str, int]:
     while True:
-        path = tempfile.mkdtemp(prefix=_PREFIX, dir=where)
+        path = tempfile.mkdtemp(prefix=prefix, dir=where)
         try:
             held = _lock(path, fcntl.LOCK_EX)
         except FileNotFoundError:
@@ -77,10 +84,10 @@ def _lock(path: str, how: int) -> int:
     return held
 
 
-def _sweep(where: str) -> None:
+def _sweep(where: str, prefix: str) -> None:
     """Remove what dead processes of this user have left."""
     try:
-        names = [name for name in os.listdir(where) if name.startswith(_PREFIX)]
+        names = [name for name in os.listdir(where) if name.startswith(prefix)]
     except OSError:
         return  # a folder may be made in a place that may not be listed
     for name in names:
