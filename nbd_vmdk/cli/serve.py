@@ -95,6 +95,13 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
     help="Requests of one connection taken at once.  [default: 8]",
 )
 @click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    metavar="N",
+    help="With -r: serve with N processes, for many connections on many cores.  [default: 1]",
+)
+@click.option(
     "--run", "command", metavar="CMD", help="Run CMD by the shell with $uri and $uris set, then end."
 )
 @click.option("--pidfile", type=click.Path(), metavar="FILE", help="Write the server's process ID to FILE.")
@@ -115,6 +122,10 @@ def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options
     and snapshots are read-only.  With --scratch or --overlay every disk can be written to, and none changes.
 
     A port that other machines can reach needs TLS, or --insecure.
+
+    With -r, --workers N lets N processes share the address: each new connection goes to one of them, so that
+    several connections can use more than one core.  Each takes about 21 MiB and its share of --cache-size.
+    One that dies is started again; the others go on.
 
     With --run the server lasts as long as CMD, which finds $uri (of the first disk), $uris (of all, blanks
     between), $unixsocket and $port in its environment, and whose exit code is passed on.

@@ -46,7 +46,8 @@ def _status(serving: Server) -> str:
     """What the service manager shows of us, in a line."""
     count = len(serving.exports)
     size = format_size(sum(export.size for export in serving.exports))
-    return f"Serving {count} disk{'s' * (count != 1)} ({size}) on {serving.listener.where}"
+    workers = f", {len(serving.pids)} workers" if len(serving.pids) > 1 else ""
+    return f"Serving {count} disk{'s' * (count != 1)} ({size}) on {serving.listener.where}{workers}"
 
 
 def _show_stats(told: dict[str, Any], as_json: bool) -> None:
@@ -75,7 +76,8 @@ def _announce(images: Sequence[str], serving: Server, as_json: bool) -> None:
             }
             for export, uri in zip(serving.exports, serving.uris, strict=True)
         ]
-        output.json_object({"exports": exports, "pid": serving.pid, "warnings": list(serving.warnings)})
+        processes = {"pid": serving.pid, "workers": serving.pids}
+        output.json_object({"exports": exports, **processes, "warnings": list(serving.warnings)})
     else:
         if len(serving.exports) == 1:
             output.line(serving.uri)

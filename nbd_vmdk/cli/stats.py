@@ -75,6 +75,9 @@ def table(told: Mapping[str, Any]) -> list[str]:
         f"cache: {hits} hits, {misses} misses{share}; commits: {commits}; "
         f"connections: {connections['open']} open, {connections['total']} in all; up {_time(told['uptime'])}"
     )
+    if "workers" in told:
+        each = ", ".join(f"{one['pid']} ({one['connections']['open']} open)" for one in told["workers"])
+        lines.append(f"workers: {each}")
     return lines
 
 

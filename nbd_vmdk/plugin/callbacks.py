@@ -31,6 +31,7 @@ from nbd_vmdk.plugin.descriptors import warn_of_few
 from nbd_vmdk.plugin.errorlog import ErrorLog
 from nbd_vmdk.plugin.exports import Exports, describe, open_exports
 from nbd_vmdk.plugin.heap import keep_freed_memory
+from nbd_vmdk.plugin.sharing import Turns
 from nbd_vmdk.plugin.stats import CountedDisk, Stats
 from nbd_vmdk.plugin.threadstates import KeptStates
 from nbd_vmdk.units import MIB, parse_size
@@ -63,6 +64,7 @@ __all__ = [
     "list_exports",
     "open",
     "pread",
+    "preconnect",
     "pwrite",
     "thread_model",
     "trim",
@@ -96,6 +98,8 @@ class Plugin:
         self.allow_dirs: list[str] = []
         self.overlays: list[str] = []
         self.scratch = False
+        self.share: str | None = None
+        self.turns: Turns | None = None
         self.stats_path: str | None = None
         self.stats: Stats | None = None
         self.exports: Exports | None = None
@@ -122,6 +126,8 @@ class Plugin:
             self.overlays.append(value and os.path.abspath(value))
         elif name == "scratch":
             self.scratch = _boolean(key, value)
+        elif name == "share":
+            self.share = os.path.abspath(value)
         elif name == "stats":
             self.stats_path = os.path.abspath(value)
         elif name == "cache_size":
@@ -182,6 +188,7 @@ _HELP = {
     "skip-broken": "true: leave out what can't be opened, and serve the rest",
     "parent": "a file that is the parent, whatever the descriptor says",
     "overlay": "a child link that takes the writes of the disk; one for each disk, in order",
+    "share": "take turns with others that have inherited the same socket; PATH is for a private one",
     "scratch": "true: the overlays are thrown away in the end, so nothing in them is made durable",
     "stats": "the path of a unix socket on which numbers are told",
     "allow-dir": "a folder, besides the image's own, whose files it may name; may be repeated",
@@ -270,6 +277,8 @@ def get_ready() -> None:
 def after_fork() -> None:
     """Begin to wait for the signal to end; threads must not be started earlier."""
     ending.watch(nbdkit.shutdown)
+    if _plugin.share is not None:
+        _plugin.turns = Turns(_plugin.share)
     if _plugin.stats is not None:
         _plugin.stats.answer()
 
@@ -310,6 +319,12 @@ def default_export(readonly: bool, is_tls: bool) -> str:  # noqa: ARG001
     """Name the export that a client gets who asks for none."""
     assert _plugin.exports is not None
     return _plugin.exports.first
+
+
+def preconnect(readonly: bool) -> None:  # noqa: ARG001
+    """Let the client in, before nbdkit says a word."""
+    if _plugin.turns is not None:
+        _plugin.turns.seat()
 
 
 def open(readonly: bool) -> Handle:

@@ -3,12 +3,17 @@
 A server that was started with ``--stats`` tells its numbers on a socket whose name is the server's own with
 ``.stats`` at its end, or one in a private folder where the server has no socket of its own.  The process
 that serves names it on its command line, so its process ID will do, or that of the ``nbd-vmdk serve`` above.
+
+Where several workers serve, each tells its own numbers: the first one there, the others beside it, with
+``.stats-1`` at the end and so on.  Who asks the server gets their sums; who names a worker, that one's.
 """
 
+import glob
 import json
 import os
+import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,8 +22,16 @@ from nbd_vmdk.errors import OptionError, ServerError, StorageError
 #: What a server's socket is called beside what it serves on.
 SUFFIX = ".stats"
 
+#: What the socket of another worker than the first is called.
+_WORKER = re.compile(re.escape(SUFFIX) + r"-[0-9]+\Z")
+
 _PATIENCE = 10.0
 _NOT_COUNTED = "start it with --stats, and it counts"
+
+
+def sockets_of_workers(path: str, count: int) -> list[str]:
+    """Where ``count`` workers tell their numbers, the first one at ``path``."""
+    return [path, *(f"{path}-{number}" for number in range(1, count))]
 
 
 def ask(where: str) -> dict[str, Any]:
@@ -26,16 +39,29 @@ def ask(where: str) -> dict[str, Any]:
 
     Raises OptionError if that means no server that counts, StorageError, and ServerError for nonsense.
     """
-    path = _socket_of_process(int(where)) if where.isascii() and where.isdigit() else _socket_of(where)
+    by_process = where.isascii() and where.isdigit()
+    paths = _sockets_of_process(int(where)) if by_process else _sockets_of(where)
+    told = []
+    failed: StorageError | None = None
+    for path in paths:
+        try:
+            told.append(_ask(path))
+        except OSError as error:
+            # A worker that has died and is being started again has nothing to tell.
+            failed = failed or StorageError.of(error, path, "ask")
+    if (found := merged(told)) is None:
+        assert failed is not None
+        raise failed
+    return found
+
+
+def _ask(path: str) -> dict[str, Any]:
     told = bytearray()
-    try:
-        with socket.socket(socket.AF_UNIX) as asking:
-            asking.settimeout(_PATIENCE)
-            asking.connect(path)
-            while piece := asking.recv(1 << 16):
-                told += piece
-    except OSError as error:
-        raise StorageError.of(error, path, "ask") from error
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(_PATIENCE)
+        asking.connect(path)
+        while piece := asking.recv(1 << 16):
+            told += piece
     try:
         found = json.loads(told)
     except ValueError:
@@ -43,6 +69,48 @@ def ask(where: str) -> dict[str, Any]:
     if not isinstance(found, dict) or "exports" not in found:
         raise ServerError(path, why="what answers there tells no numbers", hint=_NOT_COUNTED)
     return found
+
+
+def merged(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The numbers of several workers as those of one server; ``workers`` tells who they are.
+
+    Those of a single one are left as they are; of none there are none.
+    """
+    if len(told) < 2:
+        return told[0] if told else None
+    return {
+        "pid": told[0]["pid"],
+        "started": min(each["started"] for each in told),
+        "uptime": max(each["uptime"] for each in told),
+        "connections": _sums([each["connections"] for each in told]),
+        "cache": _sums([each["cache"] for each in told]),
+        "exports": {
+            name: {
+                "size": export["size"],
+                "commits": sum(each["exports"][name]["commits"] for each in told),
+                "requests": _merged_requests([each["exports"][name]["requests"] for each in told]),
+            }
+            for name, export in told[0]["exports"].items()
+        },
+        "workers": [{"pid": each["pid"], "connections": each["connections"]} for each in told],
+    }
+
+
+def _sums(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(part[key] for part in parts) for key in parts[0]}
+
+
+def _merged_requests(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Requests of the same export to several workers, by kind; a worker tells only of those that it had."""
+    merged: dict[str, Any] = {}
+    for kind in dict.fromkeys(kind for part in parts for kind in part):
+        found = [part[kind] for part in parts if kind in part]
+        merged[kind] = {
+            **{key: sum(each[key] for each in found) for key in ("count", "bytes", "errors", "seconds")},
+            "longest": max(each["longest"] for each in found),
+            "histogram": [sum(steps) for steps in zip(*(each["histogram"] for each in found), strict=True)],
+        }
+    return merged
 
 
 def prometheus(told: Mapping[str, Any]) -> Iterator[str]:
@@ -103,34 +171,37 @@ def _label(name: str, value: str) -> str:
     return f'{name}="{escaped}"'
 
 
-def _socket_of(where: str) -> str:
-    """The numbers' socket of a server's socket or URI; it may be named itself."""
+def _sockets_of(where: str) -> list[str]:
+    """The numbers' sockets of a server's socket or URI; they may be named themselves."""
     path = where
     if "://" in where:
         path = parse_qs(urlsplit(where).query).get("socket", [""])[0]
         if not path:
             hint = "a server on a port is asked by its process ID"
             raise OptionError(where, why="names no socket", hint=hint)
-    if path.endswith(SUFFIX):
-        return path
-    if os.path.exists(path + SUFFIX):
-        return path + SUFFIX
+    if _WORKER.search(path):
+        return [path]
+    told = path if path.endswith(SUFFIX) else path + SUFFIX
+    if path.endswith(SUFFIX) or os.path.exists(told):
+        others = [each for each in glob.glob(glob.escape(told) + "-*") if _WORKER.search(each)]
+        return [told, *sorted(others, key=lambda each: (len(each), each))]
     if os.path.exists(path):
         raise OptionError(path, why="its server does not count", hint=_NOT_COUNTED)
     raise OptionError(path, why="there is no such socket", hint="name the socket or process of a server")
 
 
-def _socket_of_process(pid: int) -> str:
-    """The numbers' socket of a process that serves, or of one that such a process is the child of."""
+def _sockets_of_process(pid: int) -> list[str]:
+    """The numbers' sockets of a process that serves, or of those that it is the parent of."""
+    found = []
     for each in _family(pid):
         try:
             with open(f"/proc/{each}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")]
         except OSError:
             continue
-        for word in words:
-            if word.startswith("stats="):
-                return word.removeprefix("stats=")
+        found += [word.removeprefix("stats=") for word in words if word.startswith("stats=")]
+    if found:
+        return found
     if not os.path.exists(f"/proc/{pid}"):
         raise OptionError(None, why=f"there is no process {pid}")
     raise OptionError(None, why=f"process {pid} is no server that counts", hint=_NOT_COUNTED)

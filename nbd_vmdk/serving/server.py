@@ -19,8 +19,9 @@ from nbd_vmdk.serving.asking import SUFFIX
 from nbd_vmdk.serving.handshake import Export
 from nbd_vmdk.serving.overlays import Overlays
 from nbd_vmdk.serving.restarts import Restart
-from nbd_vmdk.serving.supervisor import Server, log
+from nbd_vmdk.serving.supervisor import Server
 from nbd_vmdk.serving.tls import ServerTls
+from nbd_vmdk.serving.worker import log
 
 #: Requests of one connection that nbdkit takes at once; its own default is 16.  2 cores, several runs, 16
 #: against 8: what is cached is read at 0.74 to 1.03 of the rate at depth 16, for 1.1 to 1.3 of the CPU time,
@@ -76,6 +77,7 @@ async def serve(
     overlay: Path | None = None,
     stats: bool = False,
     threads: int | None = None,
+    workers: int = 1,
     pidfile: Path | None = None,
     restart: Restart | None = None,
     **options: Any,
@@ -99,8 +101,10 @@ async def serve(
     name, which may be there already.  ``stats`` counts: ``server.stats_path`` is the socket to ask, and
     ``server.stats`` are the last numbers.
 
-    ``threads`` is how many requests of one connection nbdkit takes at once.  ``restart`` says when to start a
-    server again that fails; by default never.  The other ``options`` are those of
+    ``threads`` is how many requests of one connection nbdkit takes at once.  ``workers`` is how many nbdkits
+    share the address and the clients, for ``read_only`` alone; they divide ``cache_size`` among them.
+    ``restart`` says when to start one again that fails; by default never, but for several workers, with whom
+    nothing that was written is lost, as ``Restart()`` says.  The other ``options`` are those of
     :class:`~nbd_vmdk.options.OpenOptions`, without ``writable`` and ``locks``: a server always locks.
 
     Raises what :func:`~nbd_vmdk.open_disk` raises, InUse if the address is taken, and ServerError.
@@ -113,6 +117,9 @@ async def serve(
         raise OptionError(None, why="threads must be at least 1")
     if max_connections is not None and max_connections < 1:
         raise OptionError(None, why="a server takes at least one connection")
+    _check_workers(workers, read_only=read_only, max_connections=max_connections)
+    if workers > 1:
+        restart = restart or Restart()
     paths = [os.fspath(path)] if isinstance(path, str | os.PathLike) else [os.fspath(each) for each in path]
     warnings = [] if tls is None else tls.check()
     with ExitStack() as ending:
@@ -122,19 +129,18 @@ async def serve(
         warnings += told
         checked = await asyncio.to_thread(_check, paths, wanted, snapshot, skip_broken, tops)
         listener = address.listen(insecure=insecure or tls is not None)
-        config = plugin_config(paths, wanted, snapshot=snapshot, skip_broken=skip_broken)
+        share = replace(wanted, cache_size=wanted.cache_size // workers)
+        config = plugin_config(paths, share, snapshot=snapshot, skip_broken=skip_broken)
         config += [("overlay", top) for top in tops]
         if scratch:
             config.append(("scratch", "true"))
-        stats_path = listener.beside(SUFFIX) if stats else None
-        if stats_path is not None:
-            config.append(("stats", stats_path))
         server = Server(
             listener,
             plugin_path(),
             config,
             read_only=read_only,
             threads=threads or DEFAULT_THREADS,
+            workers=workers,
             pidfile=pidfile,
             warnings=(*warnings, *checked.warnings),
             opening=checked.seconds,
@@ -142,13 +148,25 @@ async def serve(
             tls=tls,
             max_connections=max_connections,
             known=checked.exports,
+            stats_path=listener.beside(SUFFIX) if stats else None,
         )
-        server.stats_path = stats_path
         await server.start()
         kinds = {export.name: export.kind for export in checked.exports}
         server.exports = [replace(export, kind=kinds.get(export.name, "")) for export in server.exports]
         async with _until_stopped(server):
             yield server
+
+
+def _check_workers(workers: int, *, read_only: bool, max_connections: int | None) -> None:
+    """Raise OptionError for what several workers can't do."""
+    if workers < 1:
+        raise OptionError(None, why="a server has at least one worker")
+    if workers > 1 and not read_only:
+        why = f"{workers} workers can only read: each has tables of its own, and would not see others' writes"
+        raise OptionError(None, why=why, hint="add -r (--read-only), or serve with one worker")
+    if workers > 1 and max_connections is not None:
+        why = "connections are counted by each worker, so there is no limit for all of them"
+        raise OptionError(None, why=why, hint="leave out --max-connections or --workers")
 
 
 @asynccontextmanager

@@ -22,8 +22,9 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.serving import server as server_module
 from nbd_vmdk.serving.handshake import Export, read_exports
 from nbd_vmdk.serving.listener import Listener, listen_private, listen_tcp, listen_unix
+from nbd_vmdk.serving.process import clean
 from nbd_vmdk.serving.server import plugin_config, plugin_path, serve
-from nbd_vmdk.serving.supervisor import Server, _clean
+from nbd_vmdk.serving.supervisor import Server
 
 PLUGIN = """
 import os, sys, time, threading
@@ -504,7 +505,7 @@ def test_prefixes_of_nbdkit() -> None:
         ("hint: try again", "hint: try again"),
         ("warning: odd", "warning: odd"),
     ]:
-        assert _clean(said, plugin) == meant
+        assert clean(said, plugin) == meant
 
 
 # serve()
