@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,20 @@ from tests.corpus import Entry, unpack
 # to be the same for everybody; who runs the tests by hand looks at other examples each time.
 settings.register_profile("project", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("project")
+
+
+def pytest_configure() -> None:
+    """Hear signals again that whoever started us, by nohup or ``&``, has told us to ignore.
+
+    Programs inherit that, and those that the tests interrupt are to be interrupted.
+    """
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
