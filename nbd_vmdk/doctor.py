@@ -70,7 +70,9 @@ def checks() -> Iterator[Check]:
     yield _libnbd()
     yield _program("nbdcopy", "libnbd-bin", "copies disks to and from a server")
     yield _program("nbdinfo", "libnbd-bin", "tells what a server offers")
+    yield _program("file", "file", "tells nbdinfo what a disk holds; without it nbdinfo prints rubbish")
     yield _program("nbdfuse", "libnbd-bin", "shows a disk as a file, for 'nbd-vmdk mount'")
+    yield _program("fusermount3", "fuse3", "lets users do so, for 'nbd-vmdk mount' and 'umount'")
     yield _program("nbd-client", "nbd-client", "makes a disk a device, for 'nbd-vmdk attach'")
     yield _program("qemu-img", "qemu-utils", "reads and converts what is served")
 
