@@ -21,7 +21,15 @@ export IMAGE
 # One thing after the other: there are two cores, and the tests say the last word.
 .NOTPARALLEL:
 
-.PHONY: help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench wheel man deb deb-check clean
+VERBS := help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench wheel man deb deb-check clean
+.PHONY: $(VERBS)
+
+# Written so, nothing but the demo disk would be served.
+ifneq ($(filter serve,$(MAKECMDGOALS)),)
+ifneq ($(filter-out $(VERBS),$(MAKECMDGOALS))$(findstring command line,$(origin image))$(if $(IMAGE),,none),)
+$(error name the image so: make serve IMAGE=disk.vmdk)
+endif
+endif
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
