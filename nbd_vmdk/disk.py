@@ -18,7 +18,7 @@ from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
-from nbd_vmdk.extents.base import Below, Kind, Mapping, Source, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Kind, Mapping, Source, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import NOTHING, Link
 from nbd_vmdk.options import OpenOptions
@@ -240,6 +240,46 @@ class Disk:
             at += mapping[1]
         if inside < length:
             yield (Kind.HOLE, length - inside, None, 0), None
+
+    def edges(self, offset: int, length: int, most: int) -> tuple[list[int], bool]:
+        """Where in a range data begins and ends, which is all that NBD clients are told: runs() in short.
+
+        Pieces of data and of zeros take turns, ``most`` of them at most; the flag says whether the first one
+        is data.  The places are where each piece begins, and at last where the last one ends.
+        """
+        self._check(offset, length)
+        found: list[int] = []
+        first = False
+        for places, is_data in self._edges(offset, length, 0):
+            if not found:
+                first = is_data
+            elif is_data is (first is (len(found) % 2 == 1)):
+                places = places[1:]  # it goes on as before
+            found += places
+            if len(found) > most:
+                return found[: most + 1], first
+        found.append(offset + length)
+        return found, first
+
+    def _edges(self, offset: int, length: int, first: int) -> Iterator[Edges]:
+        """What :meth:`edges` joins, from link ``first`` down."""
+        if first == len(self.links):
+            yield [offset], self.links[-1].incomplete
+            return
+        link = self.links[first]
+        inside = max(min(length, link.size - offset), 0)
+        if first == len(self.links) - 1 and not link.incomplete:
+            yield from link.edges(offset, inside)
+        else:
+            at = offset
+            for kind, count, _source, _at in link.runs(offset, inside):
+                if kind is Kind.HOLE:
+                    yield from self._edges(at, count, first + 1)
+                else:
+                    yield [at], kind is not Kind.ZERO
+                at += count
+        if inside < length:
+            yield [offset + inside], False
 
     # Writing.
 

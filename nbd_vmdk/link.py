@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbd_vmdk.errors import WriteRefused
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Extent, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
@@ -116,6 +116,21 @@ class Link:
         """What backs a range, in full detail; see Extent.runs."""
         for entry, within, count in self._parts(offset, length):
             yield from entry.extent.runs(within, count)
+
+    def presence(self, offset: int, length: int, unit: int) -> bytes:
+        """For each unit of a range whether it may hold anything; see Extent.presence."""
+        entry = self.extents[bisect_right(self._starts, offset) - 1]
+        within = offset - entry.start
+        if within + length > entry.extent.size:
+            return b"\1" * -(-length // unit)
+        return entry.extent.presence(within, length, unit)
+
+    def edges(self, offset: int, length: int) -> Iterator[Edges]:
+        """Where in a range something begins or ends, if no parent fills the holes; see Extent.edges."""
+        for entry, within, count in self._parts(offset, length):
+            start = entry.start
+            for places, something in entry.extent.edges(within, count):
+                yield [at + start for at in places] if start else places, something
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[LinkExtent, int, int]]:
         """Split a range at the edges of extents: (extent, offset in it, length)."""

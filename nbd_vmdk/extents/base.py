@@ -40,6 +40,10 @@ class Source(Protocol):
 #: every request.
 Mapping = tuple[Kind, int, Source | None, int]
 
+#: (places, something): from the first place on there is something, or nothing, and at each further place that
+#: changes.  Nothing is what reads as zeros.
+Edges = tuple[list[int], bool]
+
 #: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
 Below = Callable[[memoryview, int], None]
 
@@ -67,6 +71,22 @@ class Extent(ABC):
             mapping = self.map(offset, end - offset)
             yield mapping
             offset += mapping[1]
+
+    def edges(self, offset: int, length: int) -> Iterator[Edges]:
+        """Where in a range something begins or ends, if no parent fills the holes: runs() in short.
+
+        That is all that NBD clients are told.  Two Edges in a row may say the same: then nothing changes.
+        """
+        for kind, count, _source, _at in self.runs(offset, length):
+            yield [offset], kind not in (Kind.HOLE, Kind.ZERO)
+            offset += count
+
+    def presence(self, offset: int, length: int, unit: int) -> bytes:
+        """For each ``unit`` of a range a byte: 0 if all of it is a hole.
+
+        1 says nothing; it is for those who look for holes in bulk, and ask :meth:`map` where there is none.
+        """
+        return b"\1" * -(-length // unit)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -14,11 +14,13 @@ import threading
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
+from itertools import compress
+from operator import ne
 from typing import Final
 
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.errors import BadField, FormatError, VmdkError
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Extent, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.pages import Pages
@@ -42,6 +44,8 @@ class SparseExtent(Extent):
     """
 
     storage: Storage
+    #: The entry that says that a grain is zeros, whatever the parent has; None if there is none.
+    zero_entry: int | None = None
 
     def __init__(
         self,
@@ -125,6 +129,75 @@ class SparseExtent(Extent):
                 offset += empty
             yield mapping
 
+    def edges(self, offset: int, length: int) -> Iterator[Edges]:
+        """See Extent: a table is looked through as a whole, without a step of Python for each grain."""
+        coverage = self._entries * self.grain
+        end = offset + length
+        while offset < end:
+            number = offset // coverage
+            stop = min((number + 1) * coverage, end)
+            try:
+                table = self._tables.get(number)
+            except FormatError:
+                yield from super().edges(offset, stop - offset)
+            else:
+                if table is None or table is self._tables.empty:
+                    yield [offset], False
+                    if end - stop >= coverage:
+                        stop += self._empty_from(number + 1, (end - stop) // coverage) * coverage
+                else:
+                    yield from self._edges_of(table, number, offset, stop)
+            offset = stop
+
+    def _edges_of(self, table: "array[int]", number: int, offset: int, stop: int) -> Iterator[Edges]:
+        grain = self.grain
+        first = offset // grain
+        entries = table[first - number * self._entries : -(-stop // grain) - number * self._entries]
+        smallest = min(filter(None, entries), default=self._lowest)
+        if smallest >= self._lowest:
+            there = bytes(map(bool, entries))
+        else:
+            there = bytes(map(self._lowest.__le__, entries))
+            zeros = 0 if self.zero_entry is None else entries.count(self.zero_entry)
+            if there.count(1) + entries.count(0) + zeros != len(entries):
+                # Entries that only the kind understands are decoded one by one.
+                yield from super().edges(offset, stop - offset)
+                return
+        changes = map(ne, there[1:], there)
+        yield [offset, *compress(range((first + 1) * grain, stop, grain), changes)], there[0] == 1
+
+    def presence(self, offset: int, length: int, unit: int) -> bytes:
+        """See Extent: an entry that is 0 is a hole in every kind."""
+        grain = self.grain
+        grains = unit // grain
+        coverage = self._entries * grain
+        if unit % grain or offset % unit or coverage % unit:
+            return super().presence(offset, length, unit)
+        found = []
+        end = offset + length
+        while offset < end:
+            number = offset // coverage
+            stop = min((number + 1) * coverage, end)
+            try:
+                table = self._tables.get(number)
+            except FormatError:
+                found.append(super().presence(offset, stop - offset, unit))
+            else:
+                if table is None or table is self._tables.empty:
+                    found.append(bytes(-(-(stop - offset) // unit)))
+                else:
+                    slot = offset // grain - number * self._entries
+                    entries = table[slot : slot - (offset - stop) // grain]
+                    if grains == 1:
+                        found.append(bytes(map(bool, entries)))
+                    else:
+                        data = entries.tobytes()
+                        step = grains * entries.itemsize
+                        zeros = bytes(step)
+                        found.append(bytes([data[i : i + step] != zeros for i in range(0, len(data), step)]))
+            offset = stop
+        return b"".join(found)
+
     def _lost_part(self, offset: int, length: int, error: FormatError) -> Mapping:
         """What can't be looked up from ``offset`` on: a grain by its entry, or all that a table maps."""
         number, slot = divmod(offset // self.grain, self._entries)
@@ -145,11 +218,9 @@ class SparseExtent(Extent):
 class WritableSparseExtent(SparseExtent, WritableExtent):
     """A sparse extent whose tables may be changed: the writing half, for kinds with 32-bit entries.
 
-    A subclass says in ``zero_entry`` how a grain of zeros that hides the parent is written, None if it can't
-    be; and calls :meth:`enable_writing` where its file is open for that.
+    A subclass calls :meth:`enable_writing` where its file is open for that.
     """
 
-    zero_entry: int | None = None
     tables: tuple[Pages, ...] = ()
 
     def enable_writing(

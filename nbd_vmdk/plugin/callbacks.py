@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
+from itertools import cycle
+from operator import sub
 from threading import get_ident
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -23,7 +25,6 @@ from nbd_vmdk import __version__
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, VmdkError, printable
-from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.plugin import ending
 from nbd_vmdk.plugin.commandline import nbdkit_is_read_only
@@ -77,6 +78,8 @@ API_VERSION = 2
 _MAX_REQUEST = 32 * MIB
 #: Runs told in one answer about block status; the client asks again for the rest.
 _MAX_RUNS = 16384
+#: What reads as zeros, in the words of NBD.
+_EMPTY = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 #: Exports that an error lists.
@@ -464,18 +467,10 @@ def cache(h: Handle, count: int, offset: int, flags: int) -> None:  # noqa: ARG0
 
 
 @_request
-def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """Tell what is data and what is zeros; with REQ_ONE only the first piece."""
-    empty = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-    limit = 1 if flags & nbdkit.FLAG_REQ_ONE else _MAX_RUNS
-    found: list[tuple[int, int, int]] = []
-    for run in h.disk.runs(offset, count):
-        status = empty if run.kind in (Kind.HOLE, Kind.ZERO) else 0
-        if found and found[-1][2] == status:
-            start, length, _ = found[-1]
-            found[-1] = start, length + run.length, status
-        elif len(found) == limit:
-            break
-        else:
-            found.append((run.offset, run.length, status))
-    return found
+def extents(h: Handle, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+    """Tell what is data and what is zeros, as (offset, length, status); with REQ_ONE only the first piece."""
+    most = 1 if flags & nbdkit.FLAG_REQ_ONE else _MAX_RUNS
+    places, is_data = h.disk.edges(offset, count, most)
+    # nbdkit takes any iterable. This one is gone through in C, and zip() makes one tuple do for all pieces.
+    lengths = map(sub, places[1:], places)
+    return zip(places, lengths, cycle((0, _EMPTY) if is_data else (_EMPTY, 0)), strict=False)

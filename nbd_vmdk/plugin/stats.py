@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.disk import Disk, Run
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import StorageError, VmdkError
 
 #: What requests are called.
@@ -143,20 +143,16 @@ class CountedDisk:
         with self._stats.timing("cache", length):
             self._disk.cache(length, offset)
 
-    def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """See Disk; who asks may stop before the end, so what counts is how far he got."""
+    def edges(self, offset: int, length: int, most: int) -> tuple[list[int], bool]:
+        """See Disk; the answer may end before the range does, so what counts is how far it goes."""
         begin = time.perf_counter_ns()
-        reached, failed = offset, True
         try:
-            for run in self._disk.runs(offset, length):
-                reached = run.offset + run.length
-                yield run
-            failed = False
-        except GeneratorExit:
-            failed = False
+            found = self._disk.edges(offset, length, most)
+        except VmdkError:
+            self._stats.note("extents", 0, begin, failed=True)
             raise
-        finally:
-            self._stats.note("extents", reached - offset, begin, failed=failed)
+        self._stats.note("extents", found[0][-1] - offset, begin, failed=False)
+        return found
 
 
 class _CountedDict(dict[K, V]):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,85 @@ def cut_out(whole: list[Run], start: int, length: int) -> list[Run]:
             at = None if run.at is None else run.at + first - run.offset
             pieces.append(run._replace(offset=first, length=last - first, at=at))
     return pieces
+
+
+def edges_by_runs(disk: Disk, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    """(begin, end, is it data) of the pieces that runs tell, neighbours of one sort as one."""
+    found: list[tuple[int, int, bool]] = []
+    for run in disk.runs(offset, length):
+        begin, end, is_data = run.offset, run.offset + run.length, run.kind not in NOTHING
+        if found and found[-1][2] is is_data:
+            begin = found.pop()[0]
+        found.append((begin, end, is_data))
+    return found
+
+
+def edges(disk: Disk, offset: int, length: int, most: int = 1 << 20) -> list[tuple[int, int, bool]]:
+    places, first = disk.edges(offset, length, most)
+    return [(*pair, first is (i % 2 == 0)) for i, pair in enumerate(pairwise(places))]
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["chain", "base"])
+def test_edges_are_runs_in_short(tmp_path: Path, base: bool) -> None:
+    image = everything(str(tmp_path))
+    path = os.path.join(tmp_path, "base.vmdk") if base else image.path
+    rng = random.Random(2)
+    with open_disk(path) as disk:
+        assert edges(disk, 0, disk.size) == edges_by_runs(disk, 0, disk.size)
+        for _ in range(150):
+            start = rng.randrange(disk.size)
+            length = rng.choice((1, 511, SECTOR, GRAIN, 3 * GRAIN + 5, MIB, disk.size))
+            length = min(length, disk.size - start)
+            wanted = edges_by_runs(disk, start, length)
+            assert edges(disk, start, length) == wanted
+            most = rng.randrange(1, 5)
+            assert edges(disk, start, length, most) == wanted[:most]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    entries=st.lists(st.sampled_from(["hole", "zero", "data", "damaged"]), min_size=160, max_size=160),
+    odd=st.integers(0, GRAIN - 1),
+    zero_gte=st.booleans(),
+)
+def test_edges_of_tables_of_any_sort(tmp_path: Path, entries: list[str], odd: int, zero_gte: bool) -> None:
+    """Small tables, one of them holding nothing, with every sort of entry next to every other."""
+    content = Content(len(entries) * GRAIN)
+
+    for index, entry in enumerate(entries):
+        if entry == "data" and index // 16 != 3:
+            content.put(index * GRAIN, b"d" * SECTOR)
+        elif entry == "zero" and zero_gte:
+            content.zero(index * GRAIN, GRAIN)
+
+    def spoil(_directory: list[int], tables: dict[int, list[int]]) -> None:
+        for number, table in tables.items():
+            for slot in range(len(table)):
+                if entries[number * 16 + slot] == "damaged":
+                    table[slot] = 3  # inside the header
+
+    image = desc.monolithic_sparse(
+        str(tmp_path), "any", content, gtes=16, zero_gte=zero_gte, edit_tables=spoil, edit_redundant=spoil
+    )
+    with open_disk(image.path) as disk:
+        size = disk.size
+        for start, length in ((0, size), (odd, size - odd), (odd, size - 2 * odd), (17 * GRAIN + odd, GRAIN)):
+            assert edges(disk, start, length) == edges_by_runs(disk, start, length)
+
+
+def test_edges_show_what_was_just_written(tmp_path: Path) -> None:
+    image = desc.monolithic_sparse(str(tmp_path), "base", Content(100 * MIB), zero_gte=True)
+    rng = random.Random(3)
+    with open_disk(image.path, writable=True) as disk:
+        for turn in range(60):
+            at = rng.randrange(disk.size // GRAIN) * GRAIN
+            if turn % 3 == 2:
+                disk.zero(4 * GRAIN if at + 4 * GRAIN <= disk.size else GRAIN, at, may_trim=True)
+            else:
+                disk.pwrite(b"x" * 512, at)
+            if turn % 20 == 19:
+                disk.flush()
+            assert edges(disk, 0, disk.size) == edges_by_runs(disk, 0, disk.size)
 
 
 def test_runs_and_reads_agree(tmp_path: Path) -> None:
