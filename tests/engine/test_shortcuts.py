@@ -1,6 +1,7 @@
 """Passing over links that hold nothing changes no byte, whatever is written, read or forgotten meanwhile."""
 
 import random
+from array import array
 from pathlib import Path
 
 import pytest
@@ -64,18 +65,55 @@ def test_what_is_written_to_the_top_shows_at_once(tmp_path: Path) -> None:
 
 
 def test_a_unit_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched: list[int] = []
+    searched: list[list[int]] = []
     search = Shortcuts._search
 
-    def counting(self: Shortcuts, start: int) -> int:
-        searched.append(start)
-        return search(self, start)
+    def counting(self: Shortcuts, page: "array[int]", units: list[int]) -> None:
+        searched.append(units)
+        search(self, page, units)
 
     monkeypatch.setattr(Shortcuts, "_search", counting)
     with open_disk(chain(tmp_path, 3).path) as disk:
+        units = -(-disk.size // (64 * KIB))
         for _ in range(3):
             disk.pread(disk.size, 0)
-    assert searched == sorted(set(searched))
+    # The first of a group by itself, the second with all others.
+    assert [len(part) for part in searched] == [1, units - 1]
+    assert sorted(unit for part in searched for unit in part) == list(range(units))
+
+
+@pytest.mark.parametrize("grain_sectors", [1, 8, 128, 256])
+def test_a_group_is_found_as_its_units_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grain_sectors: int
+) -> None:
+    """What is kept does not depend on whether a unit was searched alone or with others."""
+    size = 20 * MIB + 3 * SECTOR
+    random_ = random.Random(grain_sectors)
+    image = None
+    for depth in range(5):
+        content = Content(size)
+        for _ in range(12):
+            offset = random_.randrange(size // SECTOR) * SECTOR
+            content.put(offset, random_.randbytes(min(random_.choice((SECTOR, 150 * KIB)), size - offset)))
+        kind = vmfs_sparse if depth % 2 and grain_sectors < 128 else monolithic_sparse
+        image = kind(tmp_path, f"link{depth}", content, parent=image, grain_sectors=grain_sectors)
+    assert image is not None
+
+    def kept() -> list[int]:
+        with open_disk(image.path) as disk:
+            assert disk._shortcuts is not None
+            for at in range(0, size, 64 * KIB):
+                disk._shortcuts.reach(at, 1)
+            (page,) = [each for each in disk._cache.young.values() if getattr(each, "typecode", "") == "Q"]
+            assert disk.pread(size, 0) == image.visible.read(0, size)
+            return list(page)
+
+    together = kept()
+    monkeypatch.setattr("nbd_vmdk.shortcuts._GROUP", 1)
+    monkeypatch.setattr("nbd_vmdk.shortcuts._IN_GROUP", 0)
+    alone = kept()
+    # Sources are numbered as they are met: the same places, and the same links where there is none.
+    assert [value % 2**48 for value in together] == [value % 2**48 for value in alone]
 
 
 def test_what_lies_in_one_piece_is_read_without_asking_a_link(tmp_path: Path) -> None:
