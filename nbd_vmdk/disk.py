@@ -109,12 +109,16 @@ class Disk:
 
     def _map(self, offset: int, length: int) -> Mapping:
         shortcuts = self._shortcuts
-        if shortcuts is not None and not shortcuts.first:
+        if shortcuts is None:
+            return self._map_from(offset, length, 0)[0]
+        if not shortcuts.first:
             # Nearly every small request of a chain that is only read ends here.
-            mapping = shortcuts.find(offset, length)
-            if mapping is not None:
-                return mapping
-        return self._map_from(offset, length, 0)[0]
+            return shortcuts.find(offset, length) or self._map_from(offset, length, 0)[0]
+        mapping = self.links[0].map(offset, length)
+        if mapping[0] is not Kind.HOLE:
+            return mapping
+        length = mapping[1]
+        return shortcuts.find(offset, length) or self._map_from(offset, length, 1)[0]
 
     def _map_from(self, offset: int, length: int, first: int) -> tuple[Mapping, int | None]:
         """What backs the bytes at ``offset``, from link ``first`` down; and which link has it."""
