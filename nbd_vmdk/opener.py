@@ -49,10 +49,11 @@ from nbd_vmdk.units import SECTOR, align_up
 _SPARSE_KINDS = (FileKind.HOSTED, FileKind.COWD, FileKind.SESPARSE)
 _RAW_TYPES = ("FLAT", "VMFS", "VMFSRAW")
 _DELTA_NAME = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
-#: An extent with at most so many grains (32 GiB, as everybody makes hosted ones; a quarter of one in COWD) is
-#: vetted whenever it is opened for writing, in some milliseconds; a larger one only if it was not closed
-#: cleanly.
-_VETTED_GRAINS = 1024 * 512
+#: An extent with at most so many grains in its file (64 GiB, as everybody makes hosted ones; half a one in
+#: COWD) is vetted whenever it is opened for writing, in 50 ms; a larger one if it was not closed cleanly.
+#: Grains that there are tables for count for less, because tables of nothing are looked at faster.
+_VETTED_GRAINS = 1 << 20
+_GRAINS_OF_NOTHING = 16
 _SIZE_HINT = "serve it with the descriptor that belongs to it"
 _UNCLEAN = "{}: it was not closed cleanly the last time it was written"
 
@@ -420,7 +421,8 @@ def _open_hosted(
     # Version 3 without compression is some tool's way to say that changes are tracked elsewhere.
     if opening.is_written(name, line) and header.version < 3:
         storage = opening.open_for_writing(name)
-        if header.unclean or header.capacity_sectors <= _VETTED_GRAINS * header.grain_sectors:
+        grains = storage.size // header.grain + header.capacity // header.grain // _GRAINS_OF_NOTHING
+        if header.unclean or grains <= _VETTED_GRAINS:
             quick_check(storage, header)
     extent = HostedExtent(storage, header, opening.cache, size=size)
     if header.unclean:
@@ -443,10 +445,12 @@ def _open_cowd(
     size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
     if opening.is_written(name, line) and header.version >= 1:
         storage = opening.open_for_writing(name)
-        if header.suspect or header.capacity_sectors <= _VETTED_GRAINS * header.grain_sectors:
+        if header.suspect or storage.size <= _VETTED_GRAINS * header.grain_sectors * SECTOR:
             quick_check_cowd(storage, header)
     if header.unclean:
         opening.warnings.append(_UNCLEAN.format(storage.name))
+    elif header.suspect:
+        opening.warnings.append(f"{storage.name}: its last writer marked it as inconsistent")
     return CowdExtent(storage, header, opening.cache, size=size)
 
 

@@ -1,4 +1,4 @@
-"""Whether an extent with tables that was not closed cleanly may be written: the fast part of a check.
+"""Whether an extent with tables may be written: the fast part of a check.
 
 Whoever writes trusts the tables.  An entry that names the place of a table, or a place behind the end of the
 file where the next new grain will go, turns that trust into damage elsewhere.  So before the first write all
@@ -6,8 +6,11 @@ directories and tables are looked at once.
 
 A crash leaves none of what is refused here: data come before tables, tables before directories, and the file
 is lengthened before all.  What a crash does leave is let through: a table that differs from its twin, an
-entry that one of the directories lacks, a freeSector that is wrong.  Grains that share a place are not looked
-for: `nbd-vmdk check` does.
+entry that one of the directories lacks, a freeSector that is wrong.
+
+Grains that share a place (shared.py) are refused, too, for a write to one would change the other.  They come
+about where a power cut leaves an entry that points behind the end of the file, and the next grain is put
+there; QEMU does that, and marks nothing.
 
 Without numpy, which takes longer to import than most images take to be looked at: reading runs of tables and
 comparing whole tables is the work, and Python's max() and min() do the rest.
@@ -21,7 +24,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from nbd_vmdk.errors import BadField
+from nbd_vmdk.errors import BadField, Truncated
+from nbd_vmdk.extents.shared import Slots
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.cowd import CowdHeader
 from nbd_vmdk.ondisk.hosted import HostedHeader, check_directory
@@ -66,7 +70,7 @@ class _Layout:
 def quick_check(storage: Storage, header: HostedHeader) -> None:
     """Look at the directories and tables of an uncompressed hosted extent; ``header`` is its own.
 
-    Takes 0.2 ms for an image of 1 GiB, 30 ms for 100 GiB, and for 2000 GiB 0.2 s if it is empty, 1 s if it is
+    Takes 0.8 ms for an image of 1 GiB, 80 ms for 100 GiB, and for 2000 GiB 0.2 s if it is empty, 2 s if it is
     full.  Raises BadField for the first thing that makes writing dangerous, and what check_directory raises.
     """
     check_directory(header, storage.size, storage.name)
@@ -93,10 +97,12 @@ def quick_check(storage: Storage, header: HostedHeader) -> None:
 
 
 def quick_check_cowd(storage: Storage, header: CowdHeader) -> None:
-    """The same for a COWD extent with grains of a sector.  Takes 3 ms for 64 MiB of data, 40 ms for 1 GiB.
+    """The same for a COWD extent with grains of a sector.  Takes 5 ms for 64 MiB of data, 80 ms for 1 GiB.
 
-    Raises BadField.
+    Raises BadField, or Truncated if there is no room for the directory.
     """
+    if header.overhead > storage.size:
+        raise Truncated(storage.name, what="its grain directory", need=header.overhead, have=storage.size)
     front = -(-header.overhead // SECTOR)
     layout = _Layout(
         directories={"grain directory": header.directory_sector * SECTOR},
@@ -185,6 +191,7 @@ def _check_entries(storage: Storage, layout: _Layout, directory: "array[int]", m
     lowest, grain = layout.lowest, layout.grain
     sectors = storage.size // SECTOR
     last_grain = (layout.capacity - 1) // grain
+    slots = Slots(sectors, grain, layout.entries_per_table, layout.codes)
     for number, table in _tables(storage, directory, layout.entries_per_table * 4):
         high, low = max(table), min(filter(None, table))
         if high + grain > sectors or low < lowest:
@@ -200,6 +207,26 @@ def _check_entries(storage: Storage, layout: _Layout, directory: "array[int]", m
         others = [(begin, end) for begin, end in metadata.others if end > lowest and begin < high + grain]
         if near or others:
             _refuse_over_tables(storage, layout, number, table, metadata, near, others)
+        # What lies behind the end of the disk means nothing, whatever it names.
+        inside = table[: last_grain + 1 - number * layout.entries_per_table]
+        slots.add(inside, low if len(inside) == len(table) else 0)
+    if slots.shared():
+        raise _shared(storage, layout, directory)
+
+
+def _shared(storage: Storage, layout: _Layout, directory: "array[int]") -> BadField:
+    """The error for grains that share a place, which names one that meets another."""
+    slots = Slots(storage.size // SECTOR, layout.grain, layout.entries_per_table, layout.codes)
+    last_grain = (layout.capacity - 1) // layout.grain
+    for number, table in _tables(storage, directory, layout.entries_per_table * 4):
+        first = number * layout.entries_per_table
+        slot = slots.enter_until_shared(table[: last_grain + 1 - first])
+        if slot is not None:
+            why = "another grain lies there, too"
+            return _bad(storage, f"the table entry of grain {first + slot}", table[slot], why)
+    return _bad(
+        storage, "the number of grains", last_grain + 1, "some lie in one place, and the file is changing"
+    )
 
 
 def _refuse_over_tables(

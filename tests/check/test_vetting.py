@@ -44,6 +44,8 @@ DANGEROUS = {
     "over-tables",
     "text-among-grains",
     "overhead-last",
+    "shared",
+    "shared-partly",
 }
 #: Breaks of other kinds, and of descriptors in files of their own.
 _OTHERS = (
@@ -134,6 +136,7 @@ DANGEROUS_COWD = {
     "cowd-gte-low",
     "cowd-over-table",
     "cowd-cut",
+    "cowd-shared",
 }
 COWD = [broken for broken in BREAKS if broken.name.startswith("cowd-") and broken.name != "cowd-version"]
 

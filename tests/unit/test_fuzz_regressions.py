@@ -236,7 +236,8 @@ def test_vetting_of_tables_among_grains(tmp_path: Path) -> None:
             # One grain is far away, so that the others' tables lie between its grains.
             file.write(struct.pack("<2I", tables[number - 1] + 4, tables[-number] + 4))
         file.truncate((256 + count * step) * SECTOR)
-    with limited():
+    # Some of the grains share their places, which is what it finds when it has been through all tables.
+    with limited(), pytest.raises(FormatError, match="another grain"):
         open_disk(path, writable=True).close()
 
 
@@ -253,10 +254,10 @@ def test_an_extent_in_the_descriptors_own_file(tmp_path: Path) -> None:
 
 def test_writing_behind_the_end_of_a_cut_file(tmp_path: Path) -> None:
     """What was written there, new grains overwrote; or the file was cut before it."""
-    content = Content(40 * GIB)  # not so small that all of its tables are looked at before writing
+    content = Content(2000 * GIB)  # not so small that all of its tables are looked at before writing
     for grain in range(64):
         content.put(grain * 64 * KIB, b"data")
-    image = desc.monolithic_sparse(str(tmp_path), "fuzz", content)
+    image = desc.monolithic_sparse(str(tmp_path), "fuzz", content, preallocate_tables=False)
     cut(image.path, image.hosted().grain_at(40))
     with open_disk(image.path, writable=True) as disk:
         with pytest.raises(FormatError, match="beyond the end"):
@@ -271,7 +272,7 @@ def test_a_descriptor_area_without_end(tmp_path: Path) -> None:
     image = desc.monolithic_sparse(
         str(tmp_path),
         "fuzz",
-        Content(40 * GIB),
+        Content(2000 * GIB),
         preallocate_tables=False,
         header={"descriptor_size": 1 << 40},
     )
