@@ -23,7 +23,7 @@ from nbd_vmdk.errors import (
 )
 from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.extents.cowd import CowdExtent
-from nbd_vmdk.extents.flat import FlatExtent, LostExtent, ZeroExtent
+from nbd_vmdk.extents.flat import FlatExtent, LostExtent, ZeroExtent, refuse_shared
 from nbd_vmdk.extents.hosted import HostedExtent, check_grain_area
 from nbd_vmdk.extents.newstream import NewStreamExtent, is_new
 from nbd_vmdk.extents.sesparse import SeSparseExtent
@@ -278,6 +278,16 @@ def _open_described(
     )
 
 
+def _refuse_shared(text: Storage, extents: list[LinkExtent]) -> None:
+    """Raise WriteRefused if raw extents share bytes with each other, with tables or with the descriptor."""
+    flat = [(entry.extent, entry.access == "RW") for entry in extents if isinstance(entry.extent, FlatExtent)]
+    others = {text.identity}
+    for entry in extents:
+        if entry.extent.storage is not None and not isinstance(entry.extent, FlatExtent):
+            others.add(entry.extent.storage.identity)
+    refuse_shared(flat, others)
+
+
 def _why_read_only(extents: list[LinkExtent]) -> str:
     if all(entry.access != "RW" for entry in extents):
         return "its descriptor allows no writing"
@@ -288,7 +298,7 @@ def _why_read_only(extents: list[LinkExtent]) -> str:
         "a COWD extent of a version before 1 is written by nobody": CowdExtent,
     }
     for why, kind in kinds.items():
-        if any(isinstance(entry.extent, kind) for entry in extents):
+        if any(isinstance(entry.extent, kind) for entry in extents if entry.access == "RW"):
             return why
     return "none of its extents can be written"
 

@@ -1,8 +1,8 @@
 """Extents without tables: FLAT and VMFS (a piece of a file or device), ZERO, and what can't be read."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
-from nbd_vmdk.errors import Unreadable
+from nbd_vmdk.errors import Unreadable, WriteRefused
 from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
 from nbd_vmdk.storage.base import Storage
 
@@ -43,6 +43,29 @@ class FlatExtent(WritableExtent):
         """See WritableExtent."""
         self.storage.punch(self.start + offset, length)
         self.touched = True
+
+
+def refuse_shared(flat: Sequence[tuple[FlatExtent, bool]], others: Collection[tuple[int, ...]]) -> None:
+    """Refuse to write where that would change a second place of the disk, or what says where things are.
+
+    ``flat`` are a link's raw extents, and whether each may be written; ``others`` are the identities of its
+    files that hold something else.  Extents may share bytes as long as no guest writes these.
+
+    Raises WriteRefused.
+    """
+    reached: dict[tuple[int, ...], tuple[int, int]] = {}
+    for extent, is_written in sorted(flat, key=lambda each: each[0].start):
+        file, end = extent.storage.identity, extent.start + extent.size
+        # How far into the file those before it go, and those among them that are written.
+        any_end, written_end = reached.get(file, (0, 0))
+        reached[file] = max(any_end, end), max(written_end, end if is_written else 0)
+        if (is_written and file in others) or extent.start < (any_end if is_written else written_end):
+            raise WriteRefused(
+                extent.storage.name,
+                why="more than one line of the descriptor names a part of it, or it holds more than raw "
+                "data: a write to one place of the disk would change another",
+                hint="read the disk with -r",
+            )
 
 
 class ZeroExtent(Extent):
