@@ -266,7 +266,7 @@ def _open_described(
     if opening.writable and not writable:
         opening.warnings.append(f"{file}: {_why_read_only(extents)}, so it is served read-only")
     if opening.writable and writable:
-        opening.open_for_writing(name)
+        _refuse_shared(opening.open_for_writing(name), extents)
     return Link(
         name=file,
         folder=opening.folder.folder_of(name),
@@ -322,12 +322,12 @@ def _open_extent(
     opening: _Opening, line: ExtentLine, own_name: str | None, descriptor: Descriptor, file: str
 ) -> Extent:
     size = line.sectors * SECTOR
+    if line.access == "NOACCESS" and line.type != "ZERO":
+        return LostExtent(file, size=size, why="the descriptor gives no access to this extent")
     if own_name is not None:
         return _open_sparse(opening, own_name, size=size, line=line)
     if line.type == "ZERO":
         return ZeroExtent(size=size)
-    if line.access == "NOACCESS":
-        return LostExtent(file, size=size, why="the descriptor gives no access to this extent")
     if line.name is None:
         raise BadDescriptor(file, line=line.line, why=f"a {line.type} extent needs a file name")
     if line.type in ("VMFSRDM", "VSANSPARSE"):
