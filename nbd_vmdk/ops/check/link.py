@@ -57,7 +57,8 @@ class LinkCheck:
         self._depth = depth
         self._probe = probe
         self._has_parent = has_parent
-        self._ranges: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        #: Parts of files that something lies in: (begin, end, are they raw data).
+        self._ranges: dict[tuple[int, ...], list[tuple[int, int, bool]]] = {}
         self.in_use: list[str] = []
 
     def run(self) -> LinkFacts:
@@ -179,6 +180,8 @@ class LinkCheck:
         own = (
             None if header is None or header.is_wrapper or not lines else own_line(self._name, lines, header)
         )
+        if own is None:
+            self._ranges[subject.file.identity] = [(0, subject.storage.size, False)]
         start = 0
         for line in lines:
             self._line(subject, text, line, start, is_own=line is own)
@@ -241,24 +244,29 @@ class LinkCheck:
             # A table that is out of reach although it looked in order: the file is changing.
             subject.error(error.slug, str(error), "the check of this file stopped here", error.hint or "")
 
-    def _claim(self, subject: Subject, part: tuple[int, int], *, is_raw: bool) -> None:
-        """Note which bytes of a file an extent takes; two extents must not share any."""
+    def _claim(self, subject: Subject, part: tuple[int, int], *, is_raw: bool) -> bool:
+        """Note which bytes of a file an extent takes; two extents must not share any.  Whether none does."""
         others = self._ranges.setdefault(subject.file.identity, [])
-        if any(part[0] < end and begin < part[1] for begin, end in others):
+        shared = [raw for begin, end, raw in others if part[0] < end and begin < part[1]]
+        if shared and all(shared) and is_raw:
             what = "two extent lines name the same part of this file"
-            effect = "both parts of the disk show the same data, and a write to either changes both"
-            tell = subject.warning if is_raw else subject.error
-            tell("extents-overlap", what, effect, _BY_HAND, guest=subject.start)
-        others.append(part)
+            effect = "both parts of the disk show the same data, and a write to either would change both"
+            subject.warning("extents-overlap", what, effect, _BY_HAND, guest=subject.start)
+        elif shared:
+            what = "two extent lines name this file, and it holds more than the raw data of one"
+            effect = "a write to one place of the disk would change where another is found"
+            subject.error("extents-overlap", what, effect, _BY_HAND, guest=subject.start)
+        others.append((*part, is_raw))
+        return not shared
 
     def _flat(self, subject: Subject, line: ExtentLine) -> None:
         """A piece of a raw file must be in the file."""
         begin = line.offset_sectors * SECTOR
         end = begin + line.sectors * SECTOR
         size = subject.storage.size
-        self._claim(subject, (begin, end), is_raw=True)
+        alone = self._claim(subject, (begin, end), is_raw=True)
         if end <= size:
-            if not getattr(subject.storage, "is_device", False):
+            if alone and not getattr(subject.storage, "is_device", False):
                 subject.check_whole_sectors(tail_is_data=False)
             return
         subject.error(
