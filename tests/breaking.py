@@ -443,7 +443,7 @@ BREAKS = [
     Break("unclean", sparse, header(unclean=1), "unclean", "yes", "warning", qemu=True),
     Break("odd-size", sparse, lambda image: pad(image.path, 100), "odd-size", "yes", "warning", qemu=True),
     # the descriptor inside
-    Break("text-lost", sparse, _text_lost, "descriptor-lost", "yes", qemu=True),
+    Break("text-lost", sparse, _text_lost, "descriptor-lost", "asks", qemu=True),
     Break("text-garbled", sparse, _text_garbled, "descriptor-lost", "yes", qemu=True),
     Break("text-lost-child", child_of_sparse, _text_garbled, "descriptor-lost", "yes", qemu=True),
     Break("text-area", sparse, header(descriptor_size=1 << 20), "descriptor-area", "yes", qemu=True),

@@ -51,7 +51,8 @@ def _check_content_ids(subject: Subject, text: Text) -> None:
         subject.warning("bad-cid", what, effect, repair)
         return
     long_id = descriptor.long_content_id or ""
-    if _HEX32.fullmatch(long_id) and int(long_id[-8:], 16) != cid:
+    # VMware's own libraries leave the end that a fresh disk has as it is.
+    if _HEX32.fullmatch(long_id) and int(long_id[-8:], 16) not in (cid, FRESH_CID):
         whole = f"{long_id[:-8]}{cid:08x}"
         what = f"ddb.longContentID ends in {long_id[-8:]}, and the content ID is {cid:08x}"
         effect = "none for the guest; a product may take one for stale"
@@ -147,7 +148,8 @@ def _rebuilt(subject: Subject, header: HostedHeader, folder: Folder, name: str, 
         return "the descriptor's area has no room for one"
     at = header.descriptor_sector * SECTOR
     change = subject.write(at, text.ljust(len(area), b"\0"), Stage.POINTERS)
-    return Repair("make a minimal descriptor; its adapter type is a guess", (change,))
+    asks = None if "parent" in words else "whether the disk is a snapshot, and of what, is not known any more"
+    return Repair("make a minimal descriptor; its adapter type is a guess", (change,), asks)
 
 
 def _cid_by_children(folder: Folder, name: str) -> int | None:
