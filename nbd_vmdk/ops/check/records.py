@@ -26,6 +26,8 @@ _MARKER: Final = struct.Struct("<QII")
 _GD_AT: Final = 56
 #: How far before the end of the file a directory's record is looked for, besides its own length.
 _SEARCH: Final = MIB
+#: Tables at either end of a directory that are looked into.
+_TRIED: Final = 16
 
 
 def metadata_marker(kind: MarkerType, sectors: int) -> bytes:
@@ -60,6 +62,36 @@ def _names_tables(storage: Storage, header: HostedHeader, sector: int) -> bool:
         if count or kind != MarkerType.GRAIN_TABLE:
             return False
     return True
+
+
+def names_grains(storage: Storage, header: HostedHeader, sector: int) -> bool:
+    """Whether a directory leads to records that are of the grains that this header makes of their places.
+
+    The first and the last tables are tried, and the first and the last grains of these: a header that is
+    wrong about the size of grains or tables, or by much about that of the disk, goes astray there.  Without
+    any grain nothing is borne out.
+    """
+    if not 0 < sector * SECTOR <= storage.size - header.directory_entries * 4:
+        return False
+    directory = read_words(storage, sector * SECTOR, header.directory_entries, 4)
+    tables = np.flatnonzero(directory)
+    tried = 0
+    for number in {*tables[:_TRIED].tolist(), *tables[-_TRIED:].tolist()}:
+        at = int(directory[number]) * SECTOR
+        if at + header.entries_per_table * 4 > storage.size:
+            return False
+        table = read_words(storage, at, header.entries_per_table, 4)
+        grains = np.flatnonzero(table > 1)
+        for slot in {*grains[:2].tolist(), *grains[-2:].tolist()}:
+            place = int(table[slot]) * SECTOR
+            if place + GRAIN_MARKER.size > storage.size:
+                return False
+            guest, size = GRAIN_MARKER.unpack(storage.read(place, GRAIN_MARKER.size))
+            expected = (number * header.entries_per_table + slot) * header.grain_sectors
+            if not size or guest != expected or guest >= header.capacity_sectors:
+                return False
+            tried += 1
+    return tried > 0
 
 
 class Records:

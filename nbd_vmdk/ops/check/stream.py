@@ -18,12 +18,14 @@ from nbd_vmdk.ops.check.directories import Directories
 from nbd_vmdk.ops.check.entries import Rules, report_shared, survey
 from nbd_vmdk.ops.check.findings import Change, Repair, Resize, Stage
 from nbd_vmdk.ops.check.hosted import report_zeros
-from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker
+from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker, names_grains
 from nbd_vmdk.ops.check.scan import merged
 from nbd_vmdk.ops.check.twins import report_tables
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
 _FOOTER_SEARCH: Final = MIB
+#: Fields of the header that decide where a grain is.
+_GEOMETRY: Final = frozenset({"capacity_sectors", "grain_sectors", "entries_per_table"})
 _SALVAGE: Final = "what is left can be read with --salvage"
 _NO_TABLES: Final = "nothing of the extent can be read, unless with --salvage"
 
@@ -36,12 +38,14 @@ class Footer:
     header  the header with the directory's place filled in, None if nothing tells that
     wrong   what is wrong with the end of the file, None if nothing is
     tail    what mends that
+    why     why nothing can, where that is known
     """
 
     at: int = 0
     header: HostedHeader | None = None
     tail: Repair | None = None
     wrong: str | None = None
+    why: str | None = None
 
 
 def check_stream(subject: Subject, header: HostedHeader) -> None:
@@ -51,10 +55,11 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
         subject.error("unsupported", what, "the extent can't be read", "such grains are not supported")
         return
     footer = _read_footer(subject, header)
-    records = Records(subject, header)
+    known = footer.header or header
+    records = Records(subject, replace(known, directory_sector=header.directory_sector))
     if footer.wrong is not None:
         slug = "footer-damaged" if footer.at else "footer-lost"
-        repair = footer.tail or records.rebuild() or f"grains are lost: {_SALVAGE}"
+        repair = footer.tail or footer.why or records.rebuild() or f"grains are lost: {_SALVAGE}"
         subject.error(slug, footer.wrong, _NO_TABLES, repair, at=footer.at or None)
     if footer.header is None:
         subject.check_whole_sectors(tail_is_data=True)
@@ -87,12 +92,41 @@ def _read_footer(subject: Subject, header: HostedHeader) -> Footer:
     ]
     sector = copy.directory_sector
     length = header.directory_entries * 4
+    if _GEOMETRY.intersection(fields):
+        return _contradicted(subject, header, copy, at, fields)
     if fields or sector == GD_AT_END or not 0 < sector * SECTOR <= storage.size - length:
         wrong = f"the footer differs from the header in {', '.join(fields)}"
         if not fields:
             wrong = f"the footer's gdOffset is {sector:#x}, where no directory can be"
         return _without_footer(subject, header, wrong, at)
     return Footer(at=at, header=replace(header, directory_sector=sector))
+
+
+def _contradicted(
+    subject: Subject, header: HostedHeader, copy: HostedHeader, at: int, fields: list[str]
+) -> Footer:
+    """Header and footer differ in what decides where a grain is: which of them the records bear out."""
+    storage = subject.storage
+    wrong = f"the footer differs from the header in {', '.join(fields)}"
+    sector = find_directory(storage, header)
+    if sector is None and not header.directory_at_end:
+        sector = header.directory_sector
+    header_fits = sector is not None and names_grains(storage, header, sector)
+    footer_fits = names_grains(storage, copy, copy.directory_sector)
+    if header_fits and not footer_fits:
+        return _without_footer(subject, header, wrong, at)
+    if header_fits or not footer_fits:
+        return Footer(at=at, wrong=wrong, why="which of the two is right is not known")
+    mended = replace(
+        header,
+        capacity_sectors=copy.capacity_sectors,
+        grain_sectors=copy.grain_sectors,
+        entries_per_table=copy.entries_per_table,
+    )
+    write = subject.write(0, mended.to_bytes(), Stage.POINTERS)
+    repair = Repair("write the header anew: the records bear the footer out", (write,))
+    known = replace(mended, directory_sector=copy.directory_sector)
+    return Footer(at=at, header=known, wrong=wrong, tail=repair)
 
 
 def _without_footer(subject: Subject, header: HostedHeader, wrong: str, at: int) -> Footer:
