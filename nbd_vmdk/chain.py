@@ -59,14 +59,29 @@ def follow_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) 
         yield parent
         identity = parent.storages[0].identity
         if identity in seen:
-            raise ChainTooDeep(top.name, why=f"the chain of parents leads back to {parent.name}")
+            raise ChainTooDeep(
+                top.name,
+                why=f"the chain of parents leads back to {parent.name}",
+                hint="a parent is misnamed in one of the descriptors: parentFileNameHint",
+            )
         if len(seen) == MAX_LINKS:
             raise ChainTooDeep(top.name, why=f"more than {MAX_LINKS} links")
         seen.add(identity)
         _compare_sizes(link, parent)
         link = parent
+        if options.writable:
+            _refuse_shared(top, parent)
     if options.writable and top.writable and options.drop_ctk:
         top.drop_change_tracking()  # only now, when nothing can refuse the image any more
+
+
+def _refuse_shared(top: Link, parent: Link) -> None:
+    """Raise WriteRefused if what the top writes is a file of a parent."""
+    written = {storage.identity for storage in top.storages if storage.writable}
+    for storage in parent.storages:
+        if storage.identity in written:
+            why = f"{storage.name} is a file of its parent {parent.name} as well, which is never written"
+            raise WriteRefused(top.name, why=why, hint="to read it, add -r")
 
 
 def _compare_sizes(child: Link, parent: Link) -> None:

@@ -216,6 +216,19 @@ def test_no_permission(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # Zeroing and trimming.
 
 
+def test_a_file_of_the_parent_is_not_written(tmp_path: Any) -> None:
+    """Through a child that names it as its own, a guest would change what other links stand on."""
+    content = Content.of(noise(2 * MIB))
+    base = desc.monolithic_flat(str(tmp_path), "base", content)
+    rows = [Row("RW", "FLAT", content, "base-flat.vmdk", 0)]
+    child = desc.custom(str(tmp_path), "child", rows, parent=base)
+    error = refused(child.path, WriteRefused, writable=True)
+    assert "base-flat.vmdk is a file of its parent" in str(error)
+    assert "-r" in str(error.hint)
+    with open_disk(child.path) as disk:
+        same(disk.pread(2 * MIB, 0), noise(2 * MIB))
+
+
 @pytest.mark.parametrize("how", ["trim", "zero"])
 def test_without_a_parent_the_grain_is_freed(tmp_path: Any, how: str) -> None:
     image = hosted(tmp_path)
