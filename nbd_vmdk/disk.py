@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 from nbd_vmdk.cache import Cache
@@ -316,9 +317,37 @@ class Disk:
         would have to be written.
         """
         self._check_writable(offset, length)
-        if fast and self.links[0].must_write_zeros(offset, length, self._below, may_trim=may_trim):
-            raise NotFast(self.links[0].name)
-        self._follow(self.links[0].zero(offset, length, self._below, may_trim=may_trim), fua=fua)
+        top, below = self.links[0], self._below
+        if fast and any(
+            top.must_write_zeros(at, count, below, may_trim=may_trim)
+            for at, count in self._shown(offset, length)
+        ):
+            raise NotFast(top.name)
+        steps = (top.zero(at, count, below, may_trim=may_trim) for at, count in self._shown(offset, length))
+        self._follow(chain.from_iterable(steps), fua=fua)
+
+    def _shown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what must be zeroed in a range: all but what reads as zeros through the chain.
+
+        The top sees its own tables alone: a hole there may show the parent's data, and to hide that it may
+        have to write.  Pieces are as wide as grains, where the range is, as whole ones need not be written.
+        """
+        if self._below is None:
+            yield offset, length
+            return
+        grain, end = self.preferred_block, offset + length
+        start = stop = at = offset
+        for (kind, count, _source, _at), _depth in self._mappings(offset, length, 0):
+            if kind not in NOTHING:
+                first = max(at // grain * grain, offset)
+                if first > stop:
+                    if start < stop:
+                        yield start, stop - start
+                    start = first
+                stop = min(-(-(at + count) // grain) * grain, end)
+            at += count
+        if start < stop:
+            yield start, stop - start
 
     def trim(self, length: int, offset: int, *, fua: bool = False) -> None:
         """Say that a range is no longer needed: its space is given back where that is possible."""

@@ -333,6 +333,24 @@ def test_without_bit_2_zeros_are_written_over_the_parent(tmp_path: Any) -> None:
     assert tables.header.version == 1, "versions and flags never change in place"
 
 
+def test_zeros_that_the_chain_shows_already_cost_nothing(tmp_path: Any) -> None:
+    """A hole of the top is looked at through the parents, whose grains may be smaller than ours."""
+    content = Content(2 * MIB).put(3 * GRAIN + 8 * KIB, noise(4 * KIB, 5)).put(20 * GRAIN, noise(GRAIN, 6))
+    base = desc.monolithic_sparse(str(tmp_path), "base", content, grain_sectors=8)
+    image = hosted(tmp_path, grains=0, parent=base)
+    size = os.path.getsize(image.path)
+    with writable(image) as disk:
+        assert disk.can_fast_zero
+        disk.zero(3 * GRAIN, 0, fast=True)
+        disk.zero(16 * GRAIN, 4 * GRAIN, may_trim=True, fast=True)
+        assert os.path.getsize(image.path) == size
+        with pytest.raises(NotFast):
+            disk.zero(GRAIN, 3 * GRAIN, may_trim=True, fast=True)
+        disk.zero(2 * MIB, 0, may_trim=True)
+        assert not any(disk.pread(2 * MIB, 0))
+    assert set(check_sound(image.path).grains) == {3, 20}
+
+
 def test_without_bit_2_trim_over_the_parent_has_no_effect(tmp_path: Any) -> None:
     image = over_base(tmp_path)
     before = blocks(image.path)
