@@ -81,6 +81,7 @@ def open_place(target: str, kind: str, work: Work, *, onto: bool = False) -> Ite
         if storage.is_device != (kind == "device"):  # replaced since it was looked at
             raise FileMissing(target)
         storage.lock(writable=True)
+        storage.write_behind = True
         to = StorageSink(storage, fresh=False, punch=not storage.is_device)
         resize = None if storage.is_device else storage.truncate
         yield Place(target, storage.size, to, StorageSource(storage), 1, storage.sync, resize)

@@ -106,6 +106,7 @@ def write_raw(source: Source, path: str, work: Work) -> Made:
     with NewFiles(path, replace=work.replace) as new:
         name = final_name(path, work)
         with closing(new_file(new.path(name), path)) as storage:
+            storage.write_behind = True
             storage.truncate(source.size)
             sink = StorageSink(storage, fresh=True)
             copied = copy(source, sink, zero_grain=HOLE_GRAIN, threads=work.threads, progress=work.progress)
@@ -184,6 +185,7 @@ def write_image(
 def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
     """Fill the new, empty image ``there`` with the bytes of ``source``."""
     with closing(_open_file(there, label)) as storage:
+        storage.write_behind = True
         head = storage.read(0, min(SECTOR, storage.size))
         header = parse_header(head, label) if head.startswith(b"KDMV") else None
         if header is not None and header.compressed:
@@ -191,6 +193,8 @@ def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
             storage.write(with_new_cid(head, header, label), 0)
             return fill_stream(source, storage, header, work)
     with open_disk(there, writable=True, locks=False) as disk:
+        for extent in disk.links[0].storages:
+            extent.write_behind = True
         return _fill_disk(source, disk, work)
 
 

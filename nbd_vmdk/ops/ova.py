@@ -96,6 +96,7 @@ def write_ova(source: Source, path: str, work: Work, create: Mapping[str, Any]) 
         disk_name = f"{stem or 'appliance'}-disk1.vmdk"
         created, header, head = _empty_disk(new.path(disk_name), padded.size, create)
         with closing(new_file(new.path(name), path)) as archive:
+            archive.write_behind = True
             copied = _write_archive(padded, archive, stem, disk_name, header, head, work)
         if work.verify:
             with open_disk(new.path(name), locks=False) as disk:
