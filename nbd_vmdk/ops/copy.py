@@ -141,8 +141,8 @@ class _Copier:
         self._sink = sink
         self._start, self._end = offset, end
         self._zero_grain = zero_grain
-        self._zeros = bytes(zero_grain)
         self._chunk = align_up(CHUNK, max(grain, zero_grain, 1))
+        self._zeros = memoryview(bytes(self._chunk))
         self._progress = progress
         runs = _placed(source.runs(offset, end - offset), offset)
         parts = runs if grain <= 1 else _widened(runs, offset, end, grain)
@@ -225,21 +225,37 @@ class _Copier:
 
     def _sifted(self, buf: bytearray, part: _Part) -> Iterator[_Part]:
         """The data of ``part``, which is in ``buf``, as runs of pieces that are zeros and that are not."""
-        end = part.offset + part.length
-        begin = at = part.offset
-        kind: Kind | None = None
-        while at < end:
-            step = min(align_down(at, self._zero_grain) + self._zero_grain, end) - at
-            zeros = self._zeros if step == self._zero_grain else self._zeros[:step]
+        done = 0
+        for begin, end in self._zero_runs(buf, part):
+            if begin > done:
+                yield _Part(part.offset + done, begin - done, Kind.DATA)
+            yield _Part(part.offset + begin, end - begin, Kind.ZERO)
+            done = end
+        if done < part.length:
+            yield _Part(part.offset + done, part.length - done, Kind.DATA)
+
+    def _zero_runs(self, buf: bytearray, part: _Part) -> Iterator[tuple[int, int]]:
+        """Where ``buf`` has pieces of zeros, as (begin, end); pieces lie on whole grains of the disk."""
+        zeros, grain, length = self._zeros, self._zero_grain, part.length
+        if buf.startswith(zeros[:length]):
+            yield 0, length
+            return
+        head = min(-part.offset % grain, length)
+        # The first byte of a piece tells of nearly all data that it is no zeros.
+        firsts = zip(range(head, length, grain), buf[head:length:grain], strict=True)
+        maybe = [at for at, byte in firsts if not byte]
+        begin = end = 0
+        for at in (0, *maybe) if head else maybe:
+            stop = at + grain - (part.offset + at) % grain
             # Compares in place: a slice would be a copy, and memoryviews are compared byte by byte.
-            found = Kind.ZERO if buf.startswith(zeros, at - part.offset) else Kind.DATA
-            if found is not kind:
-                if kind is not None:
-                    yield _Part(begin, at - begin, kind)
-                begin, kind = at, found
-            at += step
-        if kind is not None:
-            yield _Part(begin, end - begin, kind)
+            if buf.startswith(zeros[: min(stop, length) - at], at):
+                if at > end:
+                    if end > begin:
+                        yield begin, end
+                    begin = at
+                end = min(stop, length)
+        if end > begin:
+            yield begin, end
 
     def _count(self, kind: Kind, length: int) -> None:
         with self._turn:
