@@ -14,6 +14,8 @@ _FORMAT: Final = "http://www.vmware.com/interfaces/specifications/vmdk.html#stre
 #: CIM's number and VMware's name of "some 64-bit system".
 _OS_ID, _OS_TYPE = 102, "otherGuest64"
 _PROCESSORS, _MEMORY_MIB = 1, 2048
+#: The last virtual hardware before ESXi 6.5, and before ESXi 6.7 Update 2.
+_LAST_SHA1, _LAST_SHA256 = 12, 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,17 @@ def build_ovf(appliance: Appliance) -> bytes:
     return text.encode()
 
 
-def build_manifest(digests: dict[str, str]) -> bytes:
-    """The manifest, from file names and the SHA-256 of each in hex."""
-    return "".join(f"SHA256({name})= {digest}\n" for name, digest in digests.items()).encode()
+def manifest_hash(hwversion: int) -> str:
+    """What the files of an appliance for that virtual hardware are summed with, as hashlib calls it.
+
+    Products that know no newer hardware than this may know no newer sum either, and say that the manifest is
+    invalid; so VMware's open-vmdk takes the sum that came with the hardware, and this is its choice.
+    """
+    if hwversion <= _LAST_SHA1:
+        return "sha1"
+    return "sha256" if hwversion <= _LAST_SHA256 else "sha512"
+
+
+def build_manifest(kind: str, digests: dict[str, str]) -> bytes:
+    """The manifest, from file names and the ``kind`` of sum of each in hex."""
+    return "".join(f"{kind.upper()}({name})= {digest}\n" for name, digest in digests.items()).encode()

@@ -1,7 +1,7 @@
 """An appliance in one file (OVA) round a new streamOptimized disk.
 
 VMware's tools want the description first, the manifest next and the disk after them, yet description and
-manifest tell the disk's size and SHA-256, known only when it is written.  So room is left for both: the
+manifest tell the disk's size and its sum, known only when it is written.  So room is left for both: the
 description is filled up with blank lines, which XML allows at its end, and a manifest is always as long.
 The disk is written where it stays and summed as it passes by, so nothing is held or copied twice.
 """
@@ -19,10 +19,11 @@ from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import WriteRefused
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
-from nbd_vmdk.ondisk.ovf_build import Appliance, build_manifest, build_ovf
+from nbd_vmdk.ondisk.ovf_build import Appliance, build_manifest, build_ovf, manifest_hash
 from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, final_name, new_file, with_new_cid
 from nbd_vmdk.ops.copy import Copied, Source
 from nbd_vmdk.ops.create import Created, create_image
+from nbd_vmdk.ops.create.products import DEFAULT_HWVERSION
 from nbd_vmdk.ops.sides import DiskSource
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.local import LocalFile
@@ -44,12 +45,12 @@ class SummedMember(Storage):
 
     writable = True
 
-    def __init__(self, archive: Storage, at: int, name: str) -> None:
+    def __init__(self, archive: Storage, at: int, name: str, kind: str) -> None:
         self.name = name
         self.at = at
         self._archive = archive
         self._size = 0
-        self._sum = hashlib.sha256()
+        self._sum = hashlib.new(kind, usedforsecurity=False)
 
     @property
     def size(self) -> int:
@@ -63,7 +64,7 @@ class SummedMember(Storage):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that was written, in hex."""
+        """The sum of all that was written, in hex."""
         return self._sum.hexdigest()
 
     def read_into(self, buf: memoryview, at: int) -> None:
@@ -126,6 +127,8 @@ def _write_archive(
     work: Work,
 ) -> Copied:
     ddb = Descriptor.parse(head[SECTOR:].partition(b"\0")[0], disk_name).ddb
+    hwversion = int(ddb.get("ddb.virtualHWVersion", DEFAULT_HWVERSION))
+    kind = manifest_hash(hwversion)
     names = [f"{stem}.ovf", f"{stem}.mf", disk_name]
 
     def described(file_size: int, populated: int) -> bytes:
@@ -137,21 +140,23 @@ def _write_archive(
                 capacity=source.size,
                 populated=populated,
                 adapter=ddb.get("ddb.adapterType", "lsilogic"),
-                hwversion=int(ddb.get("ddb.virtualHWVersion", "10")),
+                hwversion=hwversion,
             )
         )
 
     ovf_room = len(described(_WIDEST, source.size))
-    digest = "0" * 64
-    manifest_room = len(build_manifest({names[0]: digest, disk_name: digest}))
+    any_sum = hashlib.new(kind, usedforsecurity=False).hexdigest()
+    manifest_room = len(build_manifest(kind, {names[0]: any_sum, disk_name: any_sum}))
     manifest_at = SECTOR + align_up(ovf_room, SECTOR)
     disk_at = manifest_at + SECTOR + align_up(manifest_room, SECTOR) + SECTOR
 
-    member = SummedMember(archive, disk_at, disk_name)
+    member = SummedMember(archive, disk_at, disk_name, kind)
     member.write(head, 0)
     copied = fill_stream(source, member, header, work)
     ovf = described(member.size, copied.data).ljust(ovf_room, b"\n")
-    manifest = build_manifest({names[0]: hashlib.sha256(ovf).hexdigest(), disk_name: member.digest})
+    manifest = build_manifest(
+        kind, {names[0]: hashlib.new(kind, ovf, usedforsecurity=False).hexdigest(), disk_name: member.digest}
+    )
     for at, name, size in (
         (0, names[0], len(ovf)),
         (manifest_at, names[1], len(manifest)),

@@ -22,12 +22,15 @@ OVF = "{http://schemas.dmtf.org/ovf/envelope/1}"
 RASD = "{http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_ResourceAllocationSettingData}"
 
 
-@pytest.mark.parametrize("adapter", ["lsilogic", "ide", "buslogic"])
-def test_appliance(tmp_path: Path, adapter: str) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "hwversion", "sums"),
+    [("lsilogic", 10, "sha1"), ("ide", 14, "sha256"), ("buslogic", 15, "sha512")],
+)
+def test_appliance(tmp_path: Path, adapter: str, hwversion: int, sums: str) -> None:
     content = Content.random(5 * MIB, 1)
     raw = raw_file(tmp_path / "a.raw", content)
     made = tmp_path / "My VM & co.ova"
-    convert(raw, made, create={"adapter": adapter}, work=Work(verify=True))
+    convert(raw, made, create={"adapter": adapter, "hwversion": hwversion}, work=Work(verify=True))
 
     with open_disk(made) as disk:
         assert disk.pread(disk.size, 0) == content.read()
@@ -38,10 +41,12 @@ def test_appliance(tmp_path: Path, adapter: str) -> None:
     stem = "My-VM---co"
     assert names == [f"{stem}.ovf", f"{stem}.mf", f"{stem}-disk1.vmdk"]
     assert made.stat().st_size % 10240 == 0
-    for line in (tmp_path / names[1]).read_text().splitlines():
-        match = re.fullmatch(r"SHA256\((.+)\)= ([0-9a-f]{64})", line)
+    lines = (tmp_path / names[1]).read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        match = re.fullmatch(rf"{sums.upper()}\((.+)\)= ([0-9a-f]+)", line)
         assert match is not None
-        assert hashlib.sha256((tmp_path / match[1]).read_bytes()).hexdigest() == match[2]
+        assert hashlib.new(sums, (tmp_path / match[1]).read_bytes()).hexdigest() == match[2]
     assert qemu_raw(str(tmp_path / names[2]), tmp_path / "q.raw") == content.read()
 
     root = ET.fromstring((tmp_path / names[0]).read_bytes())
