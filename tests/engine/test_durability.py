@@ -229,7 +229,7 @@ def test_new_tables_are_named_when_the_file_is_durably_so_long(
     make: Callable[..., Case], tmp_path: Any
 ) -> None:
     """Nothing but tables makes the file longer, by more than it grows in one step."""
-    below = desc.monolithic_flat(str(tmp_path), "base", Content.of(b"\7" * SECTOR))
+    below = desc.monolithic_flat(str(tmp_path), "base", Content.of(b"\7" * 32 * MIB))
     options: dict[str, Any] = {"grain_sectors": 1, "zero_gte": True, "preallocate_tables": False}
     folder, disk = make(
         desc.monolithic_sparse(str(tmp_path), "top", Content(32 * MIB), parent=below, **options)
