@@ -9,7 +9,7 @@ from typing import Final
 
 from nbd_vmdk.errors import BadField, VmdkError
 from nbd_vmdk.ondisk import hosted
-from nbd_vmdk.ondisk.hosted import FLAG_ZEROED_GRAINS, NEWLINES, UNCLEAN_AT, HostedHeader, parse_header
+from nbd_vmdk.ondisk.hosted import NEWLINES, UNCLEAN_AT, HostedHeader, parse_header
 from nbd_vmdk.ondisk.stream import footer_header_offset
 from nbd_vmdk.ops.check.context import Space, Subject
 from nbd_vmdk.ops.check.directories import Directories
@@ -17,12 +17,12 @@ from nbd_vmdk.ops.check.entries import Rules, Survey, report_shared, survey
 from nbd_vmdk.ops.check.findings import Repair, Stage
 from nbd_vmdk.ops.check.places import check_text_area, is_overhead_wrong, report_overhead
 from nbd_vmdk.ops.check.scan import merged
+from nbd_vmdk.ops.check.stream import check_stream
 from nbd_vmdk.ops.check.twins import report_tables
+from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, format_size
 
-_VERSION_AT: Final = 4
-_FLAGS_AT: Final = 8
 _NEWLINES_AT: Final = 73
 _FOOTER_SEARCH: Final = MIB
 
@@ -50,8 +50,6 @@ def check_hosted(subject: Subject) -> HostedHeader | None:
     if not header.is_wrapper:
         sound = check_text_area(subject, header)
         if header.compressed:
-            from nbd_vmdk.ops.check.stream import check_stream
-
             check_stream(subject, sound)
         else:
             check_plain(subject, sound)
@@ -146,34 +144,6 @@ def _report_misaligned(rules: Rules, found: Survey, entries: int) -> None:
             entry=entry,
             guest=rules.guest(found.first_misaligned),
         )
-
-
-def report_zeros(rules: Rules, header: HostedHeader, found: Survey, entries: int, footer: int = 0) -> None:
-    """Value 1 needs a flag that declares its meaning; ``footer`` is the byte of the header's copy."""
-    if not found.zeros or header.zeroed_grains:
-        return
-    subject = rules.subject
-    table, entry = divmod(found.first_zero, entries)
-    flags = (header.flags | FLAG_ZEROED_GRAINS).to_bytes(4, "little")
-    changes = []
-    for at in (0, footer) if footer else (0,):
-        changes.append(subject.write(at + _FLAGS_AT, flags, Stage.POINTERS))
-        if header.version < 2:
-            changes.append(subject.write(at + _VERSION_AT, (2).to_bytes(4, "little"), Stage.POINTERS))
-    subject.warning(
-        "undeclared-zeros",
-        f"{found.zeros} entries say that a grain is zeros, in a file whose header does not declare that",
-        "none here; QEMU shows the descriptor in their place",
-        Repair(
-            "declare them in the header (version 2, which VirtualBox does not open)"
-            if header.version < 2
-            else "declare them in the header",
-            tuple(changes),
-        ),
-        table=table,
-        entry=entry,
-        guest=rules.guest(found.first_zero),
-    )
 
 
 def report_unused(rules: Rules, found: Survey) -> None:

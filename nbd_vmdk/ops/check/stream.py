@@ -17,10 +17,10 @@ from nbd_vmdk.ops.check.context import Space, Subject
 from nbd_vmdk.ops.check.directories import Directories
 from nbd_vmdk.ops.check.entries import Rules, report_shared, survey
 from nbd_vmdk.ops.check.findings import Change, Repair, Resize, Stage
-from nbd_vmdk.ops.check.hosted import report_zeros
 from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker, names_grains
 from nbd_vmdk.ops.check.scan import merged
 from nbd_vmdk.ops.check.twins import report_tables
+from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
 _FOOTER_SEARCH: Final = MIB
