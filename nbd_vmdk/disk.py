@@ -10,7 +10,7 @@ Threads: any number may call anything.  Reading takes no lock.
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, Self
@@ -309,21 +309,30 @@ class Disk:
             self._committer.flush()
 
     def zero(
-        self, length: int, offset: int, *, may_trim: bool = False, fua: bool = False, fast: bool = False
+        self,
+        length: int,
+        offset: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+        by_itself: bool = False,
     ) -> None:
         """Make a range read as zeros.
 
         ``may_trim`` allows giving its space back; ``fast`` raises NotFast, changing nothing, where data
-        would have to be written.
+        would have to be written.  ``by_itself`` has the top say so also where its parents hold nothing,
+        for one that is to get other parents.
         """
         self._check_writable(offset, length)
         top, below = self.links[0], self._below
-        if fast and any(
-            top.must_write_zeros(at, count, below, may_trim=may_trim)
-            for at, count in self._shown(offset, length)
-        ):
+
+        def parts() -> Iterable[tuple[int, int]]:
+            return ((offset, length),) if by_itself or below is None else self._shown(offset, length)
+
+        if fast and any(top.must_write_zeros(at, count, below, may_trim=may_trim) for at, count in parts()):
             raise NotFast(top.name)
-        steps = (top.zero(at, count, below, may_trim=may_trim) for at, count in self._shown(offset, length))
+        steps = (top.zero(at, count, below, may_trim=may_trim) for at, count in parts())
         self._follow(chain.from_iterable(steps), fua=fua)
 
     def _shown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -332,9 +341,6 @@ class Disk:
         The top sees its own tables alone: a hole there may show the parent's data, and to hide that it may
         have to write.  Pieces are as wide as grains, where the range is, as whole ones need not be written.
         """
-        if self._below is None:
-            yield offset, length
-            return
         grain, end = self.preferred_block, offset + length
         start = stop = at = offset
         for (kind, count, _source, _at), _depth in self._mappings(offset, length, 0):

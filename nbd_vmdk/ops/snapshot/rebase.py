@@ -328,6 +328,6 @@ class _Differences:
             return
         # Zeroing a hole of what has no parent yet would leave it a hole.
         if self._parented and piece == self._zeros[: len(piece)]:
-            self._disk.zero(len(piece), offset, may_trim=True)
+            self._disk.zero(len(piece), offset, may_trim=True, by_itself=True)
         else:
             self._disk.pwrite(piece, offset)
