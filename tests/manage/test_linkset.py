@@ -26,6 +26,7 @@ from nbd_vmdk.errors import (
 )
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor
+from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.linkset.clone import clone
 from nbd_vmdk.ops.linkset.delete import delete
 from nbd_vmdk.ops.linkset.rename import rename
@@ -228,6 +229,31 @@ def test_files_outside_are_not_touched(tmp_path: Path) -> None:
                 action(path, allow_dirs=allowed)
     assert names_in(outside) == {"disk-flat.vmdk"}
     assert names_in(inside) == {"disk.vmdk"}
+
+
+@pytest.mark.parametrize("kind", ["monolithicSparse", "streamOptimized"])
+def test_a_copy_beside_is_an_image_of_its_own(tmp_path: Path, kind: str) -> None:
+    """The descriptor in it goes on naming the file that it was copied from, and means its own."""
+    path, new, copy = (tmp_path / name for name in ("a.vmdk", "b.vmdk", "copy.vmdk"))
+    create_image(path, SIZE, kind=kind)
+    shutil.copy(path, copy)
+    rename(path, new)
+    shutil.copy(copy, path)
+    shutil.copy(copy, tmp_path / "again.vmdk")
+    child = make_child(path)
+    for each in (child, path, copy):
+        delete(each)
+    assert names_in(tmp_path) == {"again.vmdk", "b.vmdk"}
+    assert shows(new) == bytes(SIZE)
+
+
+def test_a_copied_description_names_the_same_files(tmp_path: Path) -> None:
+    path = make(tmp_path, "twoGbMaxExtentSparse", SIZE)
+    shutil.copy(path, tmp_path / "copy.vmdk")
+    for action in (delete, lambda path: rename(path, tmp_path / "x.vmdk")):
+        with pytest.raises(WriteRefused, match=r"belongs to .*copy.vmdk") as refused:
+            action(path)
+        assert refused.value.hint is not None
 
 
 # Cloning

@@ -11,11 +11,11 @@ from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import FileMissing, InUse, NotVmdk, StorageError, Unsupported, VmdkError, WriteRefused
 from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.ondisk import hosted
-from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, last_component
+from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.ops.create.child import parent_hint
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, remove_leftovers, sync_folder
-from nbd_vmdk.ops.snapshot.tree import LinkFile, link_file, links_of
+from nbd_vmdk.ops.snapshot.tree import LinkFile, link_file, links_of, names_beside
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -221,11 +221,10 @@ def own_files(link: LinkFile, storages: Sequence[Storage], others: Iterable[Link
     something else than .vmdk, or one that another of the links has too.
     """
     names = {
-        (other.folder.name, last_component(line.name)): other
+        (other.folder.name, name): other
         for other in others
         if other.identity != link.identity
-        for line in other.descriptor.extents
-        if line.name is not None
+        for name in names_beside(other)
     }
     taken = {other.identity: other for other in others if other.identity != link.identity}
     tracked = {(other.folder.name, other.descriptor.change_track_path): other for other in taken.values()}
@@ -261,7 +260,11 @@ def own_files(link: LinkFile, storages: Sequence[Storage], others: Iterable[Link
 
 
 def _belongs(link: LinkFile, name: str, user: LinkFile) -> WriteRefused:
-    return WriteRefused(link.label, why=f"{name}, one of its files, belongs to {user.label} as well")
+    return WriteRefused(
+        link.label,
+        why=f"{name}, one of its files, belongs to {user.label} as well",
+        hint=f"if {user.label} is nothing but a copy of a description, move it to another folder first",
+    )
 
 
 def remove_files(paths: Sequence[str]) -> None:

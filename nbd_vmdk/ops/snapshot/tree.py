@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from nbd_vmdk.chain import MAX_LINKS, parent_candidates
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
 from nbd_vmdk.look import read_descriptor
-from nbd_vmdk.ondisk.descriptor import Descriptor
+from nbd_vmdk.ondisk import hosted
+from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
+from nbd_vmdk.ondisk.probe import PROBE_LENGTH
+from nbd_vmdk.opener import own_line
 from nbd_vmdk.storage.folder import Folder
 
 #: Files looked at in one folder.
@@ -90,6 +93,29 @@ def links_of(folders: Iterable[Folder]) -> list[LinkFile]:
         for link in links_in(folder):
             found.setdefault(link.identity, link)
     return list(found.values())
+
+
+def names_beside(link: LinkFile) -> set[str]:
+    """The plain names of the files that its descriptor names besides the one that it is in.
+
+    Where a file with tables holds the descriptor, the line that means this file may call it anything, as it
+    keeps the name that it was made with in every copy.  A file that can't be read is taken at its word.
+    """
+    lines = list(link.descriptor.extents)
+    try:
+        storage = link.folder.open(link.name)
+        try:
+            head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        finally:
+            storage.close()
+        used = [line for line in lines if line.sectors]
+        if head.startswith(hosted.MAGIC) and used:
+            header = hosted.parse_header(head, storage.name)
+            if not header.is_wrapper:
+                lines.remove(own_line(link.name, used, header))
+    except VmdkError:
+        pass
+    return {last_component(line.name) for line in lines if line.name is not None}
 
 
 def parent_of(link: LinkFile) -> LinkFile | None:
