@@ -10,6 +10,12 @@ from nbd_vmdk.ondisk.descriptor import looks_like_descriptor
 PROBE_LENGTH: Final = 8192
 
 _TAR_MAGIC_AT: Final = 257
+_VDI_MAGIC: Final = b"\x7f\x10\xda\xbe"
+_VDI_MAGIC_AT: Final = 64
+_BY_QEMU: Final = (
+    'make a VMDK of it: qemu-nbd --fork -r -k "$PWD/s" FILE && '
+    "nbd-vmdk convert 'nbd+unix:///?socket=s' new.vmdk"
+)
 _OTHERS: Final = (
     (b"\x1f\x8b", "gzip-compressed data", "decompress it first: gunzip -k FILE"),
     (b"PK\x03\x04", "a zip archive", "unpack it first and serve the .vmdk inside"),
@@ -17,9 +23,9 @@ _OTHERS: Final = (
     (b"BZh", "bzip2-compressed data", "decompress it first: bunzip2 -k FILE"),
     (b"\xfd7zXZ\x00", "xz-compressed data", "decompress it first: unxz -k FILE"),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed data", "decompress it first: unzstd FILE"),
-    (b"QFI\xfb", "a qcow2 image", "serve it with qemu-nbd"),
-    (b"vhdxfile", "a VHDX image", "serve it with qemu-nbd"),
-    (b"conectix", "a VHD image", "serve it with qemu-nbd"),
+    (b"QFI\xfb", "a qcow2 image", _BY_QEMU),
+    (b"vhdxfile", "a VHDX image", _BY_QEMU),
+    (b"conectix", "a VHD image", _BY_QEMU),
     (b"\x7fELF", "a program", None),
     (b"<!DOCTYPE", "a web page", "the download gave a page instead of the disk: get the file again"),
     (b"<!doctype", "a web page", "the download gave a page instead of the disk: get the file again"),
@@ -65,10 +71,12 @@ def identify(head: bytes) -> FileKind:
 
 
 def describe_other(head: bytes) -> tuple[str, str | None]:
-    """What a file of kind OTHER seems to be, and a hint, for a message."""
+    """What a file of kind OTHER seems to be, and a hint, for a message; FILE in it is the file's name."""
     for magic, what, hint in _OTHERS:
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(magic):
             return what, hint
+    if head[_VDI_MAGIC_AT : _VDI_MAGIC_AT + 4] == _VDI_MAGIC:
+        return "a VDI image", _BY_QEMU
     if not any(head):
         return "zeros where a header should be", None
     return "not a VMDK, nor anything else that is known", None

@@ -8,6 +8,7 @@ it does not look like anything else.
 
 import os
 import re
+import shlex
 from contextlib import closing
 from typing import Final
 
@@ -46,10 +47,15 @@ def guess_format(path: str | os.PathLike[str], *, raw_option: str, vmdk_option: 
     what, known = (kind.value, "known") if kind is not FileKind.OTHER else describe_other(head)
     if known is None:
         return RAW
-    hint = f"add {raw_option} to take its bytes as the disk's"
-    if kind is not FileKind.OTHER:
+    if kind is FileKind.OTHER:
+        # Who adds the option to what is no raw disk gets one that nobody can use.
+        way = known.replace("FILE", shlex.quote(source))
+        hint = f"{way}; {raw_option} is only for a raw disk that begins so"
+    else:
         as_vmdk = f"add {vmdk_option}" if vmdk_option else "give it a name that ends in .vmdk"
-        hint += f", or {as_vmdk} to open it as what it looks like"
+        hint = (
+            f"add {raw_option} to take its bytes as the disk's, or {as_vmdk} to open it as what it looks like"
+        )
     raise NotVmdk(
         source,
         what=f"its content looks like something else ({what}), and its name tells no format",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nbd_vmdk
 from nbd_vmdk import VmdkError, convert, create_image, open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.cli.convert import convert as command
@@ -223,6 +225,27 @@ def test_raw_that_looks_like_something(tmp_path: Path, head: bytes) -> None:
     with pytest.raises(NotVmdk, match="something else"):
         convert(file, tmp_path / "a.vmdk")
     convert(file, tmp_path / "a.vmdk", source_format="raw", work=Work(verify=True))
+
+
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd")
+@pytest.mark.parametrize("kind", ["qcow2", "vdi", "vpc", "vhdx"])
+def test_an_image_of_another_kind(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint makes a VMDK of it, as it stands there."""
+    monkeypatch.chdir(tmp_path)
+    content = Content.random(4 * MIB, 1)
+    raw_file("a.raw", content)
+    other = "my disk"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, "a.raw", other], check=True)
+    with pytest.raises(NotVmdk) as caught:
+        convert(other, "new.vmdk")
+    assert caught.value.hint is not None
+    way, word = caught.value.hint.removeprefix("make a VMDK of it: ").split("; ")
+    assert word.startswith("--from raw is only for")
+    command = way.replace("nbd-vmdk convert", f"{sys.executable} -m nbd_vmdk convert")
+    monkeypatch.setenv("PYTHONPATH", str(Path(nbd_vmdk.__file__).parents[1]))
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    with open_disk("new.vmdk") as disk:
+        assert disk.pread(4 * MIB, 0) == content.read()
 
 
 def test_plain_raw_needs_no_word(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ PARENT = Content.random(3 * MIB + 7 * SECTOR, seed=3, density=1.0)
         (b"QFI\xfb" + bytes(600), "qcow2", "qemu-nbd"),
         (b"vhdxfile" + bytes(600), "VHDX", "qemu-nbd"),
         (b"conectix" + bytes(600), "VHD", "qemu-nbd"),
+        (b"<<< QEMU VM Virtual Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe", "VDI", "qemu-nbd"),
         (b"\x7fELF" + bytes(600), "program", None),
         (b"\n\n<!DOCTYPE html>\n<html>version=1\ncreateType=x</html>", "web page", "again"),
         (b"<html><body>RW 100 FLAT &quot;x&quot;</body></html>", "web page", "again"),
