@@ -187,6 +187,24 @@ class TrustError(VmdkError):
     template = "{name}: {why}"
 
 
+def _what_to_do(number: int | None, doing: str) -> str | None:
+    """The hint for this errno, met while ``doing`` something; None where nothing always helps."""
+    match number, doing:
+        case (_errno.EACCES | _errno.EPERM | _errno.EROFS, "open for writing"):
+            return "to serve it without writing, add -r"
+        case (_errno.EACCES, "open"):
+            return "do it as a user who may read it, or let its owner change that with chmod"
+        case (_errno.EACCES, "listen"):
+            return "ports below 1024 are root's: choose another"
+        case (_errno.ENOENT, "make a socket"):
+            return "make its folder first"
+        case (_errno.ENOSPC | _errno.EDQUOT, _):
+            return "make room in that file system, and do the same again"
+        case (_errno.EMFILE, _):
+            return "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
+    return None
+
+
 class StorageError(VmdkError):
     """The operating system refused.  Fields: doing.  Built with :meth:`of` from an OSError."""
 
@@ -198,10 +216,7 @@ class StorageError(VmdkError):
         """The error for an OSError met while ``doing`` something to ``file``."""
         made = cls(file, doing=doing, why=error.strerror or str(error))
         made.errno = _PASSED.get(error.errno or _errno.EIO, _errno.EIO)
-        if error.errno in (_errno.EACCES, _errno.EPERM, _errno.EROFS) and doing == "open for writing":
-            made.hint = "to serve it without writing, add -r"
-        elif error.errno == _errno.EMFILE:
-            made.hint = "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
+        made.hint = _what_to_do(error.errno, doing)
         return made
 
 

@@ -6,7 +6,7 @@ import click
 
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option
-from nbd_vmdk.cli.opening import json_option
+from nbd_vmdk.cli.opening import ImagePath, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -17,8 +17,8 @@ from nbd_vmdk.units import format_size
 @dry_run_option
 @allow_dir_option
 @json_option
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path(), metavar="TARGET|FOLDER")
+@click.argument("source", type=ImagePath())
+@click.argument("target", type=ImagePath(), metavar="TARGET|FOLDER")
 def clone(
     source: str,
     target: str,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.units import format_size
@@ -29,8 +29,8 @@ _LIMIT = 20
 @click.option("--strict", is_flag=True, help="Disks of different sizes differ, whatever they hold.")
 @open_options
 @json_option
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=ImagePath())
+@click.argument("b", type=ImagePath())
 def compare(
     a: str,
     b: str,

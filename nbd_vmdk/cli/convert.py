@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import as_bytes, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, as_bytes, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -62,7 +62,7 @@ _CREATE: Final = (
 )
 @click.option(
     "--base",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="FILE",
     help="With --since: make DST a child of FILE, which holds what LINK does: a full copy or the increment "
     "before.",
@@ -84,8 +84,8 @@ _CREATE: Final = (
 @click.option("--force", is_flag=True, help="Replace DST if it is there; needed for a block device.")
 @open_options
 @json_option
-@click.argument("source", metavar="SRC", type=click.Path())
-@click.argument("target", metavar="DST", type=click.Path())
+@click.argument("source", metavar="SRC", type=ImagePath(exports=True))
+@click.argument("target", metavar="DST", type=ImagePath(exports=True))
 def convert(
     source: str,
     target: str,

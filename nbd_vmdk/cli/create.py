@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import as_bytes, json_option
+from nbd_vmdk.cli.opening import ImagePath, as_bytes, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.units import format_size
 
@@ -24,7 +24,7 @@ from nbd_vmdk.units import format_size
     metavar="PRODUCT",
     help="Choose what workstation, esxi, ova, qemu or virtualbox takes, and say why.",
 )
-@click.option("--parent", type=click.Path(), metavar="FILE", help="Make a child of FILE, of the same size.")
+@click.option("--parent", type=ImagePath(), metavar="FILE", help="Make a child of FILE, of the same size.")
 @click.option("--adapter", metavar="NAME", help="ide, buslogic, lsilogic or legacyESX.  [default: lsilogic]")
 @click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
 @click.option(
@@ -56,13 +56,13 @@ from nbd_vmdk.units import format_size
 @click.option(
     "--allow-dir",
     "allow_dirs",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="DIR",
     multiple=True,
     help="Let the image and its parents name files in DIR, too.  May be repeated.",
 )
 @json_option
-@click.argument("image", type=click.Path())
+@click.argument("image", type=ImagePath())
 @click.argument("size", callback=as_bytes, required=False)
 def create(image: str, size: int | None, as_json: bool, **options: Any) -> int:
     """Make IMAGE, an empty disk of SIZE (20G, 512M, or bytes).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from nbd_vmdk.cli import output
+from nbd_vmdk.cli.opening import ImagePath
 
 if TYPE_CHECKING:
     from nbd_vmdk.ops.check.findings import Finding
@@ -27,12 +28,12 @@ def check_options(command: F) -> F:
         click.option(
             "--allow-dir",
             "allow_dirs",
-            type=click.Path(),
+            type=click.Path(readable=False),
             metavar="DIR",
             multiple=True,
             help="Let the image name files in DIR, besides those in its own folder.  May be repeated.",
         ),
-        click.option("--parent", type=click.Path(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
+        click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
     ):
         command = option(command)
     return command

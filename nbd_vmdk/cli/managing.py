@@ -17,7 +17,7 @@ drop_ctk_option = click.option(
 allow_dir_option = click.option(
     "--allow-dir",
     "allow_dirs",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="DIR",
     multiple=True,
     help="Let images name files in DIR, and look for relatives there too.  May be repeated.",

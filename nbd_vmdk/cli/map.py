@@ -27,7 +27,9 @@ BEGINNING = b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" 
 @click.command("map", short_help="Show every run of an image and where its bytes are.")
 @click.option("--since", metavar="LINK", help="Show only what may differ from LINK, a snapshot of IMAGE.")
 @click.option("--compare", is_flag=True, help="With --since: read both, and show only what does differ.")
-@click.option("--html", type=click.Path(), metavar="FILE", help="Draw a page for a browser, and no more.")
+@click.option(
+    "--html", type=click.Path(readable=False), metavar="FILE", help="Draw a page for a browser, and no more."
+)
 @open_options
 @json_option
 @image_argument

@@ -1,17 +1,46 @@
 """The options that say how to open an image, the same for every verb that opens one."""
 
+import os
+import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from nbd_vmdk.errors import OptionError
 from nbd_vmdk.options import DEFAULT_CACHE_SIZE
 from nbd_vmdk.units import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The image, as the user names it.  Whether it is there and may be read is the engine's to say.
-image_argument = click.argument("image", type=click.Path(readable=False))
+
+class ImagePath(click.Path):
+    """An image, or a file of another sort, as the user names it.
+
+    Whether it is there and may be read is the engine's to say; only that a URL is none is said here.  With
+    ``exports`` those of NBD exports are taken as well.
+    """
+
+    def __init__(self, *, exports: bool = False) -> None:
+        super().__init__(readable=False)
+        self._exports = exports
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See ParamType; OptionError for a URL."""
+        if isinstance(value, str) and "://" in value and not os.path.lexists(value):
+            from nbd_vmdk.converting.targets import is_uri
+
+            if not is_uri(value):
+                raise OptionError(
+                    value, why="a URL, and no file", hint="download it, and name the file that you get"
+                )
+            if not self._exports:
+                hint = f"make an image of it first: nbd-vmdk convert {shlex.quote(value)} new.vmdk"
+                raise OptionError(value, why="an NBD export, and no file", hint=hint)
+        return super().convert(value, param, ctx)
+
+
+image_argument = click.argument("image", type=ImagePath())
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -35,11 +64,11 @@ def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 #: What every verb that opens an image takes; the names are those of OpenOptions.
 open_options = _all_of(
-    click.option("--parent", type=click.Path(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
+    click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
     click.option(
         "--allow-dir",
         "allow_dirs",
-        type=click.Path(),
+        type=click.Path(readable=False),
         metavar="DIR",
         multiple=True,
         help="Let the image name files in DIR, besides those in its own folder.  May be repeated.",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output",
     "to",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="FILE",
     callback=no_dash,
     help="A new file, or a device, instead of stdout.",

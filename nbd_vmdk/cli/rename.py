@@ -7,7 +7,7 @@ import click
 
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option, edit_vm_option, tell_machines
-from nbd_vmdk.cli.opening import json_option
+from nbd_vmdk.cli.opening import ImagePath, json_option
 from nbd_vmdk.cli.progress import progress
 
 
@@ -16,8 +16,8 @@ from nbd_vmdk.cli.progress import progress
 @dry_run_option
 @allow_dir_option
 @json_option
-@click.argument("old", type=click.Path())
-@click.argument("new", type=click.Path(), metavar="NEW|FOLDER")
+@click.argument("old", type=ImagePath())
+@click.argument("new", type=ImagePath(), metavar="NEW|FOLDER")
 def rename(old: str, new: str, edit_vm: bool, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Call the image OLD NEW, or move it to FOLDER: all its files, and the names inside.
 

@@ -15,7 +15,7 @@ from nbd_vmdk.cli.managing import (
     edit_vm_option,
     tell_machines,
 )
-from nbd_vmdk.cli.opening import image_argument, json_option
+from nbd_vmdk.cli.opening import ImagePath, image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -57,7 +57,7 @@ def snapshot() -> None:
 @allow_dir_option
 @json_option
 @image_argument
-@click.argument("child", type=click.Path(), required=False)
+@click.argument("child", type=ImagePath(), required=False)
 def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **options: Any) -> int:
     """Make an empty CHILD of IMAGE: IMAGE stays as it is now, further writes belong into the child.
 
@@ -92,7 +92,7 @@ def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **option
 @allow_dir_option
 @_allow_devices
 @json_option
-@click.argument("place", type=click.Path(), metavar="FOLDER|IMAGE")
+@click.argument("place", type=ImagePath(), metavar="FOLDER|IMAGE")
 def list_(place: str, as_json: bool, **options: Any) -> int:
     """Show all links in FOLDER, or in the folders of IMAGE and its parents, as trees.
 
@@ -152,7 +152,7 @@ def _remarks(row: "Row") -> list[str]:
 @allow_dir_option
 @_allow_devices
 @json_option
-@click.argument("child", type=click.Path())
+@click.argument("child", type=ImagePath())
 def commit(
     child: str,
     keep: bool,
@@ -211,7 +211,7 @@ def _tell_plan(plan: "Plan") -> None:
 
 
 @snapshot.command(short_help="Give a child another parent, without changing what it shows.")
-@click.option("--parent", type=click.Path(), metavar="FILE", help="The new parent.")
+@click.option("--parent", type=ImagePath(), metavar="FILE", help="The new parent.")
 @click.option("--flatten", is_flag=True, help="No parent at all: make CHILD independent.")
 @click.option("--relink", is_flag=True, help="Change the pointer alone, if nothing has to be copied.")
 @click.option("--unchecked", is_flag=True, help="With --relink: don't prove that the parents are alike.")
@@ -220,7 +220,7 @@ def _tell_plan(plan: "Plan") -> None:
 @allow_dir_option
 @_allow_devices
 @json_option
-@click.argument("child", type=click.Path())
+@click.argument("child", type=ImagePath())
 def rebase(
     child: str,
     parent: str | None,
@@ -264,7 +264,7 @@ def rebase(
 @allow_dir_option
 @_allow_devices
 @json_option
-@click.argument("link", type=click.Path())
+@click.argument("link", type=ImagePath())
 def delete(link: str, apply: bool, as_json: bool, **options: Any) -> int:
     """Show what removing LINK would do.  With --apply, remove it and all its files.
 

@@ -37,7 +37,7 @@ _STEP: Final = GIB
 @click.option(
     "--input",
     "source",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="FILE",
     callback=no_dash,
     help="Take FILE instead of stdin.",

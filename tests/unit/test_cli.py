@@ -17,10 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import click
 import pytest
 
-from nbd_vmdk.cli import main, output
-from nbd_vmdk.errors import BadField, InUse, NotVmdk, ParentNotFound
+from nbd_vmdk.cli import main, output, root
+from nbd_vmdk.cli.opening import ImagePath
+from nbd_vmdk.errors import BadField, InUse, NotVmdk, ParentNotFound, StorageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,6 +184,62 @@ def test_operating_system_errors_have_no_traceback(
     assert capsys.readouterr().err.startswith("error: x.vmdk: ")
 
 
+def parameters(command: click.Command) -> Iterator[click.Parameter]:
+    for each in getattr(command, "commands", {}).values():
+        yield from parameters(each)
+    yield from command.params
+
+
+def test_whether_a_file_may_be_read_is_for_the_engine_to_say() -> None:
+    """By itself click would call it wrong usage.  What serve writes or hands on is not looked at here."""
+    paths = [each.type for each in parameters(root) if isinstance(each.type, ImagePath)]
+    assert len(paths) > 20
+    assert not any(path.readable for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("number", "doing", "hint"),
+    [
+        (errno.EACCES, "open", "a user who may read it"),
+        (errno.EACCES, "open for writing", "-r"),
+        (errno.EACCES, "listen", "1024"),
+        (errno.ENOENT, "make a socket", "folder"),
+        (errno.ENOSPC, "write", "make room"),
+        (errno.EMFILE, "open", "ulimit -n"),
+        (errno.EIO, "read", None),
+    ],
+)
+def test_what_the_system_refuses_has_a_hint(number: int, doing: str, hint: str | None) -> None:
+    found = StorageError.of(OSError(number, os.strerror(number)), "x.vmdk", doing).hint
+    assert found is None if hint is None else hint in (found or "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["info", "https://example.com/disk.vmdk"],
+        ["convert", "http://example.com/disk.vmdk", "a.vmdk"],
+        ["snapshot", "list", "ssh://host/disk.vmdk"],
+        ["compare", "a.vmdk", "nbd://localhost/x"],
+    ],
+)
+def test_a_url_is_no_file(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == 2
+    first, hint = capsys.readouterr().err.splitlines()
+    url = next(word for word in line if "://" in word)
+    assert first.startswith(f"error: {url}: ")
+    assert ("nbd-vmdk convert nbd://localhost/x " if "nbd://" in url else "download it") in hint
+
+
+def test_a_file_may_be_called_as_a_url_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("http:/example.com")
+    Path("http:/example.com/disk.vmdk").write_bytes(b"")
+    calls = info_is(monkeypatch, {"filename": "", "format": "vmdk"})
+    assert main(["info", "http://example.com/disk.vmdk"]) == 0
+    assert calls[0][0] == "http://example.com/disk.vmdk"
+
+
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(path: str, **_: Any) -> None:
         raise KeyboardInterrupt
@@ -300,7 +358,9 @@ def test_a_full_disk_is_an_error(words: list[str]) -> None:
     if "--jsno" in words:
         assert "No such option" in done.stderr
     else:
-        assert done.stderr == "error: stdout: write: No space left on device\n"
+        error, hint = done.stderr.splitlines()
+        assert error == "error: stdout: write: No space left on device"
+        assert "make room" in hint
 
 
 # info
