@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,34 @@ def test_in_the_order_of_the_disk(tmp_path: Path) -> None:
         places = [run.at for run in disk.runs() if run.at is not None]
     assert len(places) == 512
     assert places == sorted(places)
+
+
+@needs_qemu
+@pytest.mark.parametrize("over", [False, True])
+def test_holes_inside_grains_stay_holes(tmp_path: Path, over: bool) -> None:
+    """QEMU writes of a grain only the blocks with data in them; those of zeros must hide a parent's."""
+    path = make(tmp_path, "monolithicSparse", 8 * MIB)
+    if over:
+        with open_disk(path, writable=True) as disk:
+            disk.pwrite(b"p" * 8 * MIB, 0)
+        path = make_child(path)
+        with open_disk(path, writable=True) as disk:
+            for at in range(0, 8 * MIB, 64 * KIB):
+                disk.pwrite(bytes(32 * KIB) + b"c" * 4 * KIB + bytes(28 * KIB), at)
+    else:
+        raw, path = tmp_path / "a.raw", tmp_path / "a.vmdk"
+        with raw.open("wb") as file:
+            for at in range(32 * KIB, 8 * MIB, 64 * KIB):
+                file.seek(at)
+                file.write(b"c" * 4 * KIB)
+            file.truncate(8 * MIB)
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vmdk", raw, path], check=True)
+    before = shows(path)
+    done = compact(path, rewrite=True)
+    assert shows(path) == by_qemu(path) == before
+    assert done.after is not None
+    assert done.after <= min(done.before, 1.5 * MIB)
+    assert faults(path) == []
 
 
 def test_compressed_anew(tmp_path: Path) -> None:

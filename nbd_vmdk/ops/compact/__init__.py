@@ -104,6 +104,8 @@ def compact(
         _in_place(place, found, write=not dry_run, progress=progress, threads=threads)
     if not dry_run:
         found.after = files.occupied_by(link)
+        if rewrite and not found.notes and found.after >= found.before:
+            found.notes.append("it is in the order of the disk now, and had no space to give back")
     return found
 
 

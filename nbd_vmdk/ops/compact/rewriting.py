@@ -5,6 +5,7 @@ stops this leaves a whole link, and no more room is needed than for the largest 
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Final
 
@@ -28,11 +29,14 @@ from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.merge import LinkSource
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.newfiles import NewFiles
-from nbd_vmdk.units import SECTOR
+from nbd_vmdk.units import KIB, SECTOR
 
 #: What of a COWD header belongs to the disk: its flags; geometry, names and numbers.
 _COWD_FLAGS: Final = slice(8, 12)
 _COWD_WORDS: Final = slice(32, 4 * SECTOR)
+#: What file systems allocate at least; smaller holes in a file give nothing back.
+_BLOCK: Final = 4 * KIB
+_ZEROS: Final = bytes(_BLOCK)
 
 
 def rewrite_link(
@@ -173,10 +177,29 @@ class _Ordered:
         self._committer = Committer([extent], lambda: None)
 
     def write(self, buf: memoryview, offset: int) -> None:
-        """See Sink."""
+        """See Sink; blocks of zeros in a grain stay holes of the file, as QEMU leaves them."""
+        at = offset - self._start
         self._committer.admit()
-        self._extent.write(buf, offset - self._start, None)
+        for begin, end in self._written(bytes(buf), at):
+            self._extent.write(buf[begin:end], at + begin, None)
         self._committer.wrote(self._extent)
+
+    def _written(self, data: bytes, at: int) -> Iterator[tuple[int, int]]:
+        """What of ``data``, which begins at ``at`` of the extent, is not blocks of zeros, as (begin, end)."""
+        grain = self._extent.grain or 0
+        begin = done = 0
+        while done < len(data) and grain > _BLOCK:
+            place = (at + done) % _BLOCK
+            step = min(_BLOCK - place, len(data) - done)
+            # Over a parent every grain that holds something must be there, be it zeros.
+            is_needed = self._has_parent and (not done or (at + done) % grain == 0)
+            if not data[done] and not is_needed and data.startswith(_ZEROS[:step], done):
+                if done > begin:
+                    yield begin, done
+                begin = done + step
+            done += step
+        if begin < len(data):
+            yield begin, len(data)
 
     def zero(self, offset: int, length: int) -> None:
         """See Sink: zeros must hide a parent, and are what is there without one."""
