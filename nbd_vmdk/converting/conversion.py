@@ -122,14 +122,18 @@ def convert(
             raise
     created = made.created
     is_vmdk = created is not None and chosen != "ova"
+    size = opened.source.size if created is None else created.size
+    notes = () if created is None else created.notes
+    if size != opened.source.size:
+        notes += (f"the size is rounded up to whole sectors: {size} bytes",)
     return Converted(
         target=wanted,
         kind=created.create_type if created is not None and is_vmdk else chosen or "vmdk",
-        size=opened.source.size,
+        size=size,
         data=made.copied.data,
         occupied=_occupied(made.files) if made.files else None,
         verified=work.verify,
-        notes=() if created is None else created.notes,
+        notes=notes,
         warnings=opened.warnings + (() if created is None else created.warnings),
     )
 

@@ -428,6 +428,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert disk.pread(MIB, 0) == content.read()
 
 
+@pytest.mark.parametrize(("name", "size"), [("b.vmdk", 512), ("b.ova", 512), ("b.raw", 6)])
+def test_a_source_that_ends_within_a_sector(
+    tmp_path: Path, name: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").write_bytes(b"hello\n")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / name), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["size"] == size
+    assert ("note: the size is rounded up to whole sectors: 512 bytes" in printed.err) == (size == 512)
+
+
 @pytest.mark.parametrize(
     "words",
     [

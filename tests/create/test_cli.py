@@ -51,6 +51,13 @@ def test_reasons_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert "note: the size is rounded up" in err
 
 
+def test_a_name_that_tells_no_image(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "disk", "1M")
+    assert code == 0
+    assert err.startswith("note: its name does not end in .vmdk")
+    assert run(capsys, "disk.VMDK", "1M")[2] == ""
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "base.vmdk", "2M", "--for", "qemu", "--json")
     found: dict[str, Any] = json.loads(out)

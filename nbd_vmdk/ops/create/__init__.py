@@ -110,6 +110,10 @@ def create_planned(
     """Make an image whose parent, if it has one, has been looked at."""
     plan = make_plan(target, size, options, parent)
     files = _make(plan, target, progress, durable=durable)
+    if not target.lower().endswith(".vmdk"):
+        plan.notes.append(
+            "its name does not end in .vmdk: convert, compare, checksum and read will not take it for one"
+        )
     return Created(
         path=target,
         create_type=plan.kind.name,
