@@ -10,6 +10,7 @@ process, 130 interrupted, 141 the reader of the output went away, 128 and its nu
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -56,7 +57,29 @@ def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) 
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Verbs(click.Group):
+    """All verbs; who forgets one and names an image at once is told of them."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See Group; OptionError for a file instead of a verb."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            if not os.path.exists(args[0]):
+                raise
+            word = shlex.quote(args[0])
+            hint = f"nbd-vmdk serve {word} puts it on the network, nbd-vmdk info {word} shows what it is"
+            raise OptionError(None, why=f"{args[0]} is a file, and no verb", hint=hint) from None
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Begin with: nbd-vmdk info disk.vmdk; nbd-vmdk serve disk.vmdk.  Examples of each verb: "
+    "man nbd-vmdk-VERB.",
+)
 @click.version_option(__version__, prog_name="nbd-vmdk", message="%(prog)s %(version)s")
 @click.option(
     "--plugin-path",

@@ -41,13 +41,29 @@ _CREATE: Final = (
     metavar="PRODUCT",
     help="Make what workstation, esxi, ova, qemu or virtualbox takes.",
 )
-@click.option("--adapter", metavar="ADAPTER", help="The disk's controller; without it that of SRC.")
-@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.")
-@click.option("--grain-size", callback=as_bytes, metavar="SIZE", help="Bytes of a grain.")
 @click.option(
-    "--extent-size", callback=as_bytes, metavar="SIZE", help="Bytes of each extent of a split disk."
+    "--adapter",
+    metavar="NAME",
+    help="ide, buslogic, lsilogic or legacyESX.  [default: that of SRC, or lsilogic]",
 )
-@click.option("--preallocation", metavar="HOW", help="For kinds without tables: off, falloc or full.")
+@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
+@click.option(
+    "--grain-size",
+    callback=as_bytes,
+    metavar="SIZE",
+    help="Unit of allocation.  [default: 64K; vmfsSparse: 512]",
+)
+@click.option(
+    "--extent-size",
+    callback=as_bytes,
+    metavar="SIZE",
+    help="Size of the pieces of twoGb kinds.  [default: 2047M]",
+)
+@click.option(
+    "--preallocation",
+    type=click.Choice(["off", "falloc", "full"]),
+    help="For flat kinds: take space as it is written, reserve it, or write it out.",
+)
 @click.option("--zeroed-grain", is_flag=True, help="Let the new image's tables say zeros (version 2).")
 @click.option(
     "--from",

@@ -32,5 +32,5 @@ def delete(image: str, dry_run: bool, as_json: bool, **options: Any) -> int:
         output.line(f"{'to be removed' if dry_run else 'removed'}: {output.clean(path)}")
     sys.stdout.flush()
     for user in done.users:
-        output.message("hint", f"{user} names it, and will not find it")
+        output.message("note", f"{user} names it, and will not find it")
     return 0

@@ -27,6 +27,8 @@ _LABELS = {
     "format-specific": "",  # qemu-img's envelopes
     "data": "",
 }
+#: What VMware writes as the version of tools that it has not seen: the largest number.
+_NO_TOOLS = "2147483647"
 #: Facts that are told elsewhere, or that say nothing to a person.
 _UNTOLD = ("schema", "error", "warnings", "type", "backing-filename-format")
 
@@ -168,6 +170,8 @@ def _label(key: str) -> str:
 def _text(key: str, value: object) -> str:
     if value is None:
         return "-"
+    if key == "tools-version" and value == _NO_TOOLS:
+        return "unknown"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and key.endswith("-size"):

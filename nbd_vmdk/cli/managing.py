@@ -36,4 +36,4 @@ def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dr
         if edited:
             output.message("note", f"{each.file} {'would say' if dry_run else 'says'} {line} now")
         else:
-            output.message("hint", f"{each.file} must say {line} now; --edit-vm does that")
+            output.message("note", f"{each.file} must say {line} now; --edit-vm does that")

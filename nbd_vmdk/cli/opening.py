@@ -62,8 +62,8 @@ def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-#: What every verb that opens an image takes; the names are those of OpenOptions.
-open_options = _all_of(
+#: What every verb takes that opens an image to write to it; the names are those of OpenOptions.
+change_options = _all_of(
     click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
     click.option(
         "--allow-dir",
@@ -77,6 +77,11 @@ open_options = _all_of(
         "--allow-devices", is_flag=True, help="Let the image name block devices in an allowed folder."
     ),
     click.option("--ignore-cid", is_flag=True, help="Warn of content IDs that do not agree, and go on."),
+)
+
+#: What every verb takes that opens an image.
+open_options = _all_of(
+    change_options,
     click.option(
         "--salvage",
         is_flag=True,

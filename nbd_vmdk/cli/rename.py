@@ -37,6 +37,6 @@ def rename(old: str, new: str, edit_vm: bool, dry_run: bool, as_json: bool, **op
     for child in done.children:
         output.message("note", f"{child} {'would be' if dry_run else 'was'} told the new name of its parent")
     for hint in done.hints:
-        output.message("hint", hint)
+        output.message("note", hint)
     tell_machines(done.machines, done.old, edited=edit_vm, dry_run=dry_run)
     return 0

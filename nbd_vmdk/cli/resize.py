@@ -73,5 +73,5 @@ def resize(image: str, size: tuple[int, int], dry_run: bool, as_json: bool, **op
     sizes = f"{format_size(done.old_size)} -> {format_size(done.new_size)}"
     output.line(f"{output.clean(done.image)}: {'would be ' if dry_run else ''}{sizes}")
     if done.new_size > done.old_size:
-        output.message("hint", "partitions and file systems inside are as they were: the guest can grow them")
+        output.message("note", "partitions and file systems inside are as they were: the guest can grow them")
     return 0

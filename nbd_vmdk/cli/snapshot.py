@@ -76,13 +76,13 @@ def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **option
     output.line(output.clean(made.path))
     sys.stdout.flush()
     output.message(
-        "hint", f"write to {made.path} from now on: writing to {made.base} makes the child invalid"
+        "note", f"write to {made.path} from now on: writing to {made.base} makes the child invalid"
     )
     is_clone = made.parent is not None and "/" in made.parent
     if is_clone and not edit_vm:
         for each in made.machines:
             now = "a child of its own, made beside it"
-            output.message("hint", f"{each.file} names {each.old}: it must name {now} from now on")
+            output.message("note", f"{each.file} names {each.old}: it must name {now} from now on")
     else:
         tell_machines(made.machines, made.base, edited=edit_vm)
     return 0
@@ -115,7 +115,7 @@ def _print_tree(rows: "Sequence[Row]") -> None:
     table = [("link", "size", "holds", "kind", "")]
     for row in rows:
         descriptor = row.link.descriptor
-        name = "  " * row.level + output.clean(row.link.name if row.level else row.link.label)
+        name = "  " * row.level + output.clean(row.link.label)
         size = format_size(descriptor.total_sectors * 512)
         kind = output.clean(descriptor.create_type or "")
         table.append((name, size, format_size(row.occupied), kind, output.clean("; ".join(_remarks(row)))))
@@ -286,7 +286,7 @@ def delete(link: str, apply: bool, as_json: bool, **options: Any) -> int:
         output.line(f"{'removed' if apply else 'to be removed'}: {output.clean(path)}")
     sys.stdout.flush()
     if not apply:
-        output.message("hint", "--apply does it")
+        output.message("note", "--apply does it")
     return 0
 
 

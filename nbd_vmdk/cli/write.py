@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import image_argument, json_option, open_options
+from nbd_vmdk.cli.opening import change_options, image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.cli.ranges import length_option, no_dash, offset_option, standard
 from nbd_vmdk.errors import (
@@ -48,7 +48,7 @@ _STEP: Final = GIB
     "--write-parent", is_flag=True, help="Write although a snapshot stands on this image, and spoil that."
 )
 @click.option("--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking.")
-@open_options
+@change_options
 @json_option
 @image_argument
 def write(

@@ -14,7 +14,7 @@ from nbd_vmdk.errors import InputTooLong, InputTooShort, OutOfRange
 from nbd_vmdk.ops.ahead import in_order
 from nbd_vmdk.ops.content import Content, Range, data_ranges
 from nbd_vmdk.ops.copy import Progress
-from nbd_vmdk.units import MIB
+from nbd_vmdk.units import MIB, format_size
 
 _CHUNK: Final = MIB
 _ZEROS: Final = bytes(_CHUNK)
@@ -29,10 +29,12 @@ class Piece(NamedTuple):
 
 def check_range(content: Content, offset: int, length: int | None) -> int:
     """The length of a range, to the end if none is given.  Raises OutOfRange for one outside the disk."""
+    hint = None
     if length is None:
         length = max(content.size - offset, 0)
+        hint = f"--offset is behind the end of the disk ({format_size(content.size)})"
     if offset + length > content.size:
-        raise OutOfRange(content.name, offset=offset, length=length, size=content.size)
+        raise OutOfRange(content.name, offset=offset, length=length, size=content.size, hint=hint)
     return length
 
 

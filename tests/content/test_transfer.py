@@ -61,6 +61,10 @@ def test_read_to_stdout(image: tuple[str, Content]) -> None:
         done = command("read", path, *words)
         assert (done.returncode, done.stdout) == (1, b"")
         assert b"outside the disk" in done.stderr
+    assert (
+        b"hint: --offset is behind the end of the disk (3 MiB)"
+        in command("read", path, "--offset", "4M").stderr
+    )
     assert command("read", path, "--offset", "x").returncode == 2
     assert command("read", path, "--json").returncode == 2
 

@@ -241,11 +241,21 @@ def machine(folder: Path, current: str) -> None:
     )
 
 
+def test_advice_where_nothing_failed_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chain(tmp_path)
+    assert main(["snapshot", "create", str(tmp_path / TOP)]) == 0
+    assert capsys.readouterr().err.startswith("note: write to ")
+    assert main(["snapshot", "delete", str(tmp_path / TOP)]) == 0
+    assert "note: --apply does it" in capsys.readouterr().err
+
+
 def test_what_the_machine_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chain(tmp_path)
     machine(tmp_path, TOP)
     assert main(["snapshot", "list", str(tmp_path)]) == 0
-    base, _middle, top = capsys.readouterr().out.splitlines()[1:]
+    base, middle, top = capsys.readouterr().out.splitlines()[1:]
+    assert base.startswith(f"{tmp_path}/{BASE} ")
+    assert middle.startswith(f"  {tmp_path}/{MIDDLE} ")
     assert base.endswith('frozen by "before\\x1b[31m" of 2020-09-13 12:26 UTC')
     assert top.endswith("current: vm.vmx scsi0:0")
     (tmp_path / "vm.vmsd").write_text("nonsense")

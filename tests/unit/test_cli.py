@@ -231,6 +231,26 @@ def test_a_url_is_no_file(line: list[str], capsys: pytest.CaptureFixture[str]) -
     assert ("nbd-vmdk convert nbd://localhost/x " if "nbd://" in url else "download it") in hint
 
 
+def test_an_image_is_no_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["a disk.vmdk"]) == 2
+    assert "No such command" in capsys.readouterr().err
+    Path("a disk.vmdk").touch()
+    assert main(["a disk.vmdk"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: a disk.vmdk is a file, and no verb"
+    assert "nbd-vmdk serve 'a disk.vmdk' " in hint
+
+
+def test_what_means_nothing_for_a_verb_is_not_offered() -> None:
+    options = {name: {each.name for each in verb.params} for name, verb in root.commands.items()}
+    assert "salvage" in options["read"]
+    assert "salvage" not in options["write"]
+    assert {"parent", "allow_dirs", "ignore_cid"} <= options["write"]
+
+
 def test_a_file_may_be_called_as_a_url_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.makedirs("http:/example.com")
@@ -411,6 +431,15 @@ def test_info_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         "  0  00000001  no      x.vmdk\n"
         "  1  00000002  -       p.vmdk\n"
     )
+
+
+def test_tools_that_nobody_has_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version, told in (("2147483647", "unknown"), ("10338", "10338")):
+        info_is(monkeypatch, {"filename": "x.vmdk", "format": "vmdk", "tools-version": version})
+        assert main(["info", "x.vmdk"]) == 0
+        assert f"tools version  {told}\n" in capsys.readouterr().out
 
 
 def test_info_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
