@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -18,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +45,12 @@ START = 2.0
 #: A wait without end is ended by libFuzzer after so many seconds; what computes has 5, see limits.py.
 HANG = 25
 LIMIT_MB = 2048
+
+_PREFIX = "nbd-vmdk-fuzz-"
+#: See prctl(2).
+_PR_SET_PDEATHSIG = 1
+#: Seconds after which a folder that nobody holds is one that a killed run has left.
+_OLD = 600
 
 _DONE = re.compile(r"^#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
 
@@ -114,12 +123,29 @@ def _workspace(corpus: Path | None, seconds: float) -> Iterator[tuple[Path, Path
     here = ROOT / ".fuzz"
     here.mkdir(exist_ok=True)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    scratch = Path(tempfile.mkdtemp(prefix="nbd-vmdk-fuzz-", dir=memory))
+    _sweep(Path(memory or tempfile.gettempdir()))
+    scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+    held = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
     kept = corpus or (here / "corpus" if seconds >= LONG else None)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield (kept.resolve() if kept else scratch / "corpus"), scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(place: Path) -> None:
+    """Remove what runs that were killed have left: memory is used up by it until somebody does."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(held).st_mtime > _OLD:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def _fuzz_all(
@@ -163,6 +189,7 @@ def _fuzz_one(name: str, seconds: float, seed: int, corpus: Path, scratch: Path)
     ]
     environment = os.environ | {
         "NBD_VMDK_FUZZ_DIR": str(scratch),
+        "NBD_VMDK_FUZZ_PARENT": str(os.getpid()),
         "PYTHONHASHSEED": "0",
         # An arena for each thread is address space, which is what is limited.
         "MALLOC_ARENA_MAX": "1",
@@ -190,10 +217,18 @@ def _report(outcomes: list[Outcome]) -> int:
     return 1 if failed else 0
 
 
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it was killed: nobody else would."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(os.environ.get("NBD_VMDK_FUZZ_PARENT", os.getppid())):
+        os._exit(1)  # it was killed before
+
+
 def _work(name: str, arguments: list[str]) -> int:
     """Be the process that fuzzes one target; libFuzzer ends it."""
     import atheris
 
+    _end_with_parent()
     with atheris.instrument_imports(include=["nbd_vmdk"]):
         from tests.fuzz.targets import TARGETS
     gc.freeze()  # so that looking for what inputs left behind is quick

@@ -7,10 +7,17 @@ shortly than stored are written out here: most are short inputs that asked for m
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
 import io
 import os
+import shutil
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +28,7 @@ from nbd_vmdk import open_disk
 from nbd_vmdk.disk import Run
 from nbd_vmdk.errors import FormatError, NotVmdk
 from nbd_vmdk.extents.base import Kind
-from tests.fuzz import case
+from tests.fuzz import case, fuzz
 from tests.fuzz.limits import limited
 from tests.fuzz.seeds import SEEDS
 from tests.fuzz.targets import TARGETS
@@ -30,6 +37,60 @@ from tests.images.content import GIB, KIB, MIB, SECTOR, TIB, Content
 from tests.images.hosted import Header
 
 REGRESSIONS = sorted((Path(__file__).parents[1] / "fuzz" / "regressions").iterdir())
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris")
+def test_no_worker_outlives_the_fuzzer() -> None:
+    words = [sys.executable, "-m", "tests.fuzz.fuzz", "--target", "dictionary", "--seconds", "60"]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as fuzzer:
+        try:
+            found: list[str] = []
+            until = time.monotonic() + 30
+            while not found and fuzzer.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+                found = [
+                    pid
+                    for task in Path(f"/proc/{fuzzer.pid}/task").iterdir()
+                    for pid in (task / "children").read_text().split()
+                    if b"--worker" in _command_line(Path(f"/proc/{pid}"))
+                ]
+            worker = Path(f"/proc/{found[0]}")
+            environment = dict(
+                each.split(b"=", 1) for each in (worker / "environ").read_bytes().split(b"\0") if b"=" in each
+            )
+        finally:
+            fuzzer.kill()
+    until = time.monotonic() + 10
+    # Whoever is parent to orphans here may not take leave of them: then it is dead, and has no command line.
+    while (is_alive := _command_line(worker) != b"") and time.monotonic() < until:
+        time.sleep(0.05)
+    if is_alive:
+        os.kill(int(worker.name), signal.SIGKILL)
+    shutil.rmtree(os.fsdecode(environment[b"NBD_VMDK_FUZZ_DIR"]))
+    assert not is_alive
+
+
+def test_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
+    old, held, young = (tmp_path / f"nbd-vmdk-fuzz-{name}" for name in ("old", "held", "young"))
+    for folder in (old, held, young):
+        folder.mkdir()
+        (folder / "seeds").mkdir()
+        if folder is not young:
+            os.utime(folder, (1, 1))
+    holder = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        fuzz._sweep(tmp_path)
+    finally:
+        os.close(holder)
+    assert sorted(tmp_path.iterdir()) == [held, young]
 
 
 def test_every_target_has_seeds() -> None:
