@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nbd_vmdk.chain import find_child
 from nbd_vmdk.converting.targets import IN_PLACE, is_uri, open_place, target_kind
@@ -24,6 +24,9 @@ from nbd_vmdk.ops.sides import DiskSource, StorageSource
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import SECTOR
+
+if TYPE_CHECKING:
+    from nbd_vmdk.ops.linkset.replaced import Replaced
 
 #: What a user may say a source is.
 FORMATS: Final = (VMDK, RAW)
@@ -109,8 +112,12 @@ def convert(
     earlier = _earlier(since, base, onto=onto, target=wanted, kind=chosen)
     with _open_source(here, source_format, options) as opened:
         refuse_itself(opened.files, wanted)
-        if work.replace and chosen not in IN_PLACE:
+        replaced: Replaced | None = None
+        if work.replace and chosen not in IN_PLACE and os.path.lexists(wanted):
+            from nbd_vmdk.ops.linkset import replaced as old_image  # seldom needed, and slow to import
+
             _keep_parents(wanted)
+            replaced = old_image.Replaced.look(wanted, opened.files)
         try:
             if earlier is None:
                 made = _write(opened, wanted, chosen, work, fields)
@@ -126,6 +133,11 @@ def convert(
     notes = () if created is None else created.notes
     if size != opened.source.size:
         notes += (f"the size is rounded up to whole sectors: {size} bytes",)
+    warnings = opened.warnings + (() if created is None else created.warnings)
+    if replaced is not None:
+        if gone := replaced.remove(made.files):
+            notes += (f"removed with the image that was replaced: {', '.join(map(os.path.basename, gone))}",)
+        warnings += tuple(replaced.warnings)
     return Converted(
         target=wanted,
         kind=created.create_type if created is not None and is_vmdk else chosen or "vmdk",
@@ -134,7 +146,7 @@ def convert(
         occupied=_occupied(made.files) if made.files else None,
         verified=work.verify,
         notes=notes,
-        warnings=opened.warnings + (() if created is None else created.warnings),
+        warnings=warnings,
     )
 
 

@@ -295,6 +295,59 @@ def test_a_vmdk_by_name_must_be_one(tmp_path: Path) -> None:
     convert(tmp_path / "a.vmdk", tmp_path / "b.raw", source_format="raw")
 
 
+@pytest.mark.parametrize("kind", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "monolithicFlat"])
+def test_no_extents_are_left_of_what_is_replaced(tmp_path: Path, kind: str) -> None:
+    content = Content.random(4 * MIB, 1)
+    raw = raw_file(tmp_path / "a.raw", content)
+    target = tmp_path / "b.vmdk"
+    create = {"extent_size": MIB} if kind.startswith("two") else {}
+    for name in ("b.vmdk", "other.vmdk"):
+        convert(raw, tmp_path / name, kind=kind, create=create)
+    (tmp_path / "b-mine.vmdk").write_bytes(b"mine")
+    others = {name for name in os.listdir(tmp_path) if not name.startswith("b")} | {"b-mine.vmdk"}
+    again = convert(raw, target, kind=kind, create=create, work=Work(replace=True))
+    assert not [note for note in again.notes if "replaced" in note]
+    made = convert(raw, target, work=Work(replace=True, verify=True))
+    assert set(os.listdir(tmp_path)) == others | {"b.vmdk"}
+    assert "removed with the image that was replaced: b-" in made.notes[-1]
+    assert not made.warnings
+    with open_disk(target) as disk:
+        assert disk.pread(content.size, 0) == content.read()
+
+
+def test_what_is_replaced_may_have_what_is_not_its_own(tmp_path: Path) -> None:
+    """Extents of another image, in another folder, or that are read: they stay, and that is told."""
+    raw = raw_file(tmp_path / "a.raw", Content.random(2 * MIB, 1))
+    target, other = tmp_path / "b.vmdk", tmp_path / "b-other.vmdk"
+    for sharing in ("other", "source", "name"):
+        convert(raw, other, kind="monolithicFlat", work=Work(replace=True))
+        target.write_text(other.read_text())
+        if sharing == "name":
+            (tmp_path / "b-other-flat.vmdk").rename(tmp_path / "c.vmdk")
+            target.write_text(other.read_text().replace("b-other-flat", "c"))
+            other.unlink()
+        before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+        made = convert(other if sharing == "source" else raw, target, work=Work(replace=True))
+        del before["b.vmdk"]
+        assert before == {
+            name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path) if name in before
+        }
+        assert len(before) == len(os.listdir(tmp_path)) - 1
+        assert "of the replaced image" in " ".join(made.warnings)
+
+
+def test_what_a_guest_wrote_names_nothing_to_remove(tmp_path: Path) -> None:
+    """A raw disk that begins as a descriptor does is replaced, and takes nothing with it."""
+    source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+    for name in ("b.img", "b-flat.vmdk"):
+        mine = f"{Path(name).stem}-mine.vmdk"
+        (tmp_path / mine).write_bytes(bytes(64 * KIB))
+        (tmp_path / name).write_bytes(hostile(tmp_path).replace(b"secret.img", mine.encode()))
+        there = {*os.listdir(tmp_path)}
+        convert(source, tmp_path / name, kind="raw", work=Work(replace=True))
+        assert {*os.listdir(tmp_path)} == there
+
+
 # All or nothing.
 
 
