@@ -79,8 +79,27 @@ def find_owner(folder: Folder, name: str) -> str | None:
     siblings.sort(key=lambda sibling: sibling != guess)
     for sibling in siblings[:_MAX_SIBLINGS]:
         descriptor = read_descriptor(folder, sibling)
-        if descriptor is not None and any(
-            line.name is not None and last_component(line.name) == name for line in descriptor.extents
+        if (
+            descriptor is not None
+            and any(
+                line.name is not None and last_component(line.name) == name for line in descriptor.extents
+            )
+            and not (len(descriptor.extents) == 1 and _has_tables(folder, sibling))
         ):
             return sibling
     return None
+
+
+def _has_tables(folder: Folder, name: str) -> bool:
+    """Whether a file is itself the only extent that its descriptor names, whatever it calls it."""
+    try:
+        storage = folder.open(name)
+    except VmdkError:
+        return False
+    try:
+        head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        return head.startswith(hosted.MAGIC) and not hosted.parse_header(head, storage.name).is_wrapper
+    except VmdkError:
+        return False
+    finally:
+        storage.close()

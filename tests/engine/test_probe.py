@@ -163,6 +163,18 @@ def test_an_extent_beside_its_descriptor(tmp_path: Path, kind: str) -> None:
     owned(image.files[-1], renamed)
 
 
+def test_a_copy_does_not_own_what_it_was_made_of(tmp_path: Path) -> None:
+    image = desc.monolithic_sparse(str(tmp_path), "disk", ODD)
+    shutil.copy(image.path, tmp_path / "backup.vmdk")
+    Path(image.path).write_bytes(bytes(64 * KIB))
+    assert "zeros where a header should be" in str(refused(image.path))
+    # Where the text in it describes other files, it does.
+    flat = desc.monolithic_flat(str(tmp_path), "disk", ODD)
+    desc.wrapped_descriptor(str(tmp_path / "backup.vmdk"), flat.text)
+    os.remove(flat.path)
+    owned(str(tmp_path / "disk-flat.vmdk"), str(tmp_path / "backup.vmdk"))
+
+
 def test_a_flat_file_that_looks_like_something(tmp_path: Path) -> None:
     """A raw disk may begin with any bytes: its descriptor decides."""
     for start in (b"\x1f\x8b", b"kdmv", b"COWD", b"KDMV", b'RW 5 ZERO\nCID=5\nversion=1\ncreateType="x"\n'):
