@@ -179,11 +179,12 @@ def start_job(
 def serve_command(image: str, options: Sequence[str], run: Sequence[str]) -> list[str]:
     """The words that serve ``image`` for as long as the command ``run`` lasts.
 
-    In ``run``, ``$unixsocket`` and ``$uri`` stand for where it is served.
+    In ``run``, ``$unixsocket`` and ``$uri`` stand for where it is served.  The kernel and nbdfuse do not
+    connect anew, so a server that dies is not started again: what is left of it is told when the job ends.
     """
     shown = " ".join(f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in run)
     # -P: what is in the current folder is no part of us.
-    serve = [sys.executable, "-P", "-m", "nbd_vmdk", "serve", *options]
+    serve = [sys.executable, "-P", "-m", "nbd_vmdk", "serve", "--no-restart", *options]
     return [*serve, "--run", f"exec {shown}", "--", image]
 
 

@@ -102,6 +102,11 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
     help="With -r: serve with N processes, for many connections on many cores.  [default: 1]",
 )
 @click.option(
+    "--no-restart",
+    is_flag=True,
+    help="End when nbdkit dies.  [default: start it again, 5 times in 5 minutes at most]",
+)
+@click.option(
     "--run", "command", metavar="CMD", help="Run CMD by the shell with $uri and $uris set, then end."
 )
 @click.option("--pidfile", type=click.Path(), metavar="FILE", help="Write the server's process ID to FILE.")
@@ -123,12 +128,16 @@ def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options
 
     A port that other machines can reach needs TLS, or --insecure.
 
+    Should nbdkit die, it is started again on the same address, and clients that connect anew go on, as QEMU
+    does with reconnect-delay.  What they had written and not flushed may be lost, as in a power failure.
+
     With -r, --workers N lets N processes share the address: each new connection goes to one of them, so that
     several connections can use more than one core.  Each takes about 21 MiB and its share of --cache-size.
-    One that dies is started again; the others go on.
+    When one dies the others go on.
 
     With --run the server lasts as long as CMD, which finds $uri (of the first disk), $uris (of all, blanks
-    between), $unixsocket and $port in its environment, and whose exit code is passed on.
+    between), $unixsocket and $port in its environment, and whose exit code is passed on; but if nbdkit died
+    meanwhile while disks could be written to, 0 becomes 1.
     """
     certificates, psk = options.pop("tls_certificates"), options.pop("tls_psk")
     verify = options.pop("tls_verify_peer")
@@ -140,5 +149,6 @@ def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options
     from nbd_vmdk.serving.tls import ServerTls
 
     encrypted = certificates is not None or psk is not None or verify
+    options["restart"] = not options.pop("no_restart")
     options["tls"] = ServerTls(certificates, psk, verify) if encrypted else None
     return asyncio.run(serve_until_told(images, options, command=command, as_json=as_json))

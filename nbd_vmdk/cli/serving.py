@@ -9,6 +9,7 @@ from typing import Any
 
 from nbd_vmdk.cli import output
 from nbd_vmdk.serving import server
+from nbd_vmdk.serving.events import Exited, Restarted, Restarting
 from nbd_vmdk.serving.notify import notify
 from nbd_vmdk.serving.server import Server
 from nbd_vmdk.units import format_size
@@ -28,10 +29,14 @@ async def serve_until_told(
                 output.log.warning("%s", warning)
             _warn_if_public(serving)
             notify(READY="1", STATUS=_status(serving))
-            if command is not None:
-                return await _run(command, serving, signals)
-            _announce(images, serving, as_json)
-            await serving.wait()
+            telling = asyncio.create_task(_tell_status(serving))
+            try:
+                if command is not None:
+                    return await _run(command, serving, signals)
+                _announce(images, serving, as_json)
+                await serving.wait()
+            finally:
+                telling.cancel()
     except asyncio.CancelledError:
         if signals.caught is None:
             raise
@@ -48,6 +53,18 @@ def _status(serving: Server) -> str:
     size = format_size(sum(export.size for export in serving.exports))
     workers = f", {len(serving.pids)} workers" if len(serving.pids) > 1 else ""
     return f"Serving {count} disk{'s' * (count != 1)} ({size}) on {serving.listener.where}{workers}"
+
+
+async def _tell_status(serving: Server) -> None:
+    """Tell the service manager when nbdkit has died, and when it answers again."""
+    async for event in serving.events:
+        match event:
+            case Exited(how=how, asked=False):
+                notify(STATUS=f"nbdkit {how}")
+            case Restarting(attempt=attempt, delay=delay):
+                notify(STATUS=f"nbdkit died; it is started again in {delay:g} s, attempt {attempt}")
+            case Restarted():
+                notify(STATUS=_status(serving))
 
 
 def _show_stats(told: dict[str, Any], as_json: bool) -> None:
@@ -113,7 +130,10 @@ def _warn_if_public(serving: Server) -> None:
 
 
 async def _run(command: str, serving: Server, signals: "_Signals") -> int:
-    """Run the user's command beside the server; its exit code, as a shell would give it."""
+    """Run the user's command beside the server; its exit code, as a shell would give it.
+
+    Who wrote and did not flush may not know that the server died, so then all is not well.
+    """
     uris = {"uri": serving.local_uris[0], "uris": " ".join(serving.local_uris)}
     environment = os.environ | serving.listener.environment() | uris
     child = await asyncio.create_subprocess_shell(command, env=environment)
@@ -122,6 +142,9 @@ async def _run(command: str, serving: Server, signals: "_Signals") -> int:
         code = await child.wait()
     finally:
         signals.child = None
+    if code == 0 and serving.restarted > 0 and not all(export.read_only for export in serving.exports):
+        output.message("error", "nbdkit died while the command ran: what it wrote may not be there")
+        return 1
     return code if code >= 0 else 128 - code
 
 

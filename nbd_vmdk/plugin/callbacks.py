@@ -306,7 +306,7 @@ def cleanup() -> None:
             if sys.exc_info()[1] is not None:
                 traceback.print_exc()  # a bug
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(ending.CLOSE_FAILED)
 
 
 # Exports and connections.

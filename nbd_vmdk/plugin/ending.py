@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+#: The exit code of a process that was told to end, and could not close a disk cleanly.
+CLOSE_FAILED = os.EX_IOERR
+
 #: What nbdkit itself takes as a request to end.
 _SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 #: Seconds between two looks for clients: one may have been accepted at the last moment.

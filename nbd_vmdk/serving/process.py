@@ -38,15 +38,14 @@ _CALLBACK = re.compile(r": \w+: (?:error: )*")
 class Nbdkit:
     """A process of nbdkit; it is started once.
 
-    ``plugin`` is the file that it loads; ``tell`` is given its lines; ``warned`` says that what it warns of
-    while it starts is known already.  ``stats`` are its last numbers, once it has ended, if it counts.
+    ``plugin`` is the file that it loads; ``tell`` is given its lines.  ``stats`` are its last numbers, once
+    it has ended, if it counts.
     """
 
-    def __init__(self, plugin: str, tell: Callable[[str], None], *, warned: bool) -> None:
+    def __init__(self, plugin: str, tell: Callable[[str], None]) -> None:
         self.stats: dict[str, Any] | None = None
         self._plugin = plugin
         self._tell = tell
-        self._warned = warned
         self._process: asyncio.subprocess.Process | None = None
         self._output: asyncio.Task[None] | None = None
         self._asked = False
@@ -117,10 +116,16 @@ class Nbdkit:
         for line in held:
             self._tell(line)
 
-    def started(self) -> None:
-        """As speak(), at the end of a start that went well."""
-        if self._warned and self._held is not None:
-            self._held = [line for line in self._held if not line.startswith("warning: ")]
+    def started(self, known: set[str], *, quietly: bool) -> None:
+        """As speak(), at the end of a start that went well, but for warnings that are ``known`` already.
+
+        To these the warnings of this start are added; ``quietly``, none of them is told.
+        """
+        held = self._held or []
+        warnings = {line for line in held if line.startswith("warning: ")}
+        passed_over = warnings if quietly else known
+        self._held = [line for line in held if line not in passed_over]
+        known |= warnings
         self.speak()
 
     def hold(self) -> None:

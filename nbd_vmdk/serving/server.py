@@ -79,7 +79,7 @@ async def serve(
     threads: int | None = None,
     workers: int = 1,
     pidfile: Path | None = None,
-    restart: Restart | None = None,
+    restart: Restart | bool | None = None,
     **options: Any,
 ) -> AsyncIterator[Server]:
     """Serve the disks behind ``path``, or behind several, over NBD for as long as the block runs.
@@ -103,8 +103,8 @@ async def serve(
 
     ``threads`` is how many requests of one connection nbdkit takes at once.  ``workers`` is how many nbdkits
     share the address and the clients, for ``read_only`` alone; they divide ``cache_size`` among them.
-    ``restart`` says when to start one again that fails; by default never, but for several workers, with whom
-    nothing that was written is lost, as ``Restart()`` says.  The other ``options`` are those of
+    ``restart`` says when to start one again that fails, True being ``Restart()``; by default never, but for
+    several workers, with whom nothing that was written is lost.  The other ``options`` are those of
     :class:`~nbd_vmdk.options.OpenOptions`, without ``writable`` and ``locks``: a server always locks.
 
     Raises what :func:`~nbd_vmdk.open_disk` raises, InUse if the address is taken, and ServerError.
@@ -118,8 +118,9 @@ async def serve(
     if max_connections is not None and max_connections < 1:
         raise OptionError(None, why="a server takes at least one connection")
     _check_workers(workers, read_only=read_only, max_connections=max_connections)
-    if workers > 1:
-        restart = restart or Restart()
+    if restart is None:
+        restart = workers > 1
+    policy = Restart() if restart is True else restart or None
     paths = [os.fspath(path)] if isinstance(path, str | os.PathLike) else [os.fspath(each) for each in path]
     warnings = [] if tls is None else tls.check()
     with ExitStack() as ending:
@@ -144,7 +145,7 @@ async def serve(
             pidfile=pidfile,
             warnings=(*warnings, *checked.warnings),
             opening=checked.seconds,
-            restart=restart,
+            restart=policy,
             tls=tls,
             max_connections=max_connections,
             known=checked.exports,

@@ -111,6 +111,7 @@ class Server:
             # the workers do it at once.
             patience=START_TIMEOUT + 3 * workers * opening,
             known=known,
+            read_only=read_only,
             warned=warnings is not None,
             restart=restart,
             events=self.events,
@@ -154,6 +155,11 @@ class Server:
     def pids(self) -> list[int]:
         """The process IDs of all workers."""
         return [worker.nbdkit.pid for worker in self._workers if worker.nbdkit is not None]
+
+    @property
+    def restarted(self) -> int:
+        """How often a worker had ended unasked and came back."""
+        return sum(worker.restarted for worker in self._workers)
 
     @property
     def stats(self) -> dict[str, Any] | None:

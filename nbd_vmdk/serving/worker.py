@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbd_vmdk.errors import ServerError, StorageError, VmdkError
+from nbd_vmdk.plugin.ending import CLOSE_FAILED
 from nbd_vmdk.serving.events import EventLog, Exited, Failed, GaveUp, Line, Restarted, Restarting
 from nbd_vmdk.serving.handshake import Export, read_exports
 from nbd_vmdk.serving.listener import Listener
@@ -32,7 +33,8 @@ class Work:
     """What the ``count`` workers of a server have in common.
 
     ``options`` are those of nbdkit, ``config`` the parameters of ``plugin``.  ``patience`` is how many
-    seconds a worker may take to answer, ``known`` what it serves, where it can't be asked itself.
+    seconds a worker may take to answer, ``known`` what it serves, where it can't be asked itself; ``warned``
+    says that what it warns of when it is first started has been told already.
     """
 
     listener: Listener
@@ -42,6 +44,7 @@ class Work:
     count: int
     patience: float
     known: Sequence[Export]
+    read_only: bool
     warned: bool
     restart: Restart | None
     events: EventLog
@@ -51,13 +54,15 @@ class Worker:
     """One of the places of a server, by number from 0.
 
     ``stats`` is the socket where the plugin is to tell its numbers; ``pidfile`` holds nbdkit's process ID
-    while it answers.  ``exports`` is what it serves, ``gave_up`` says that it failed too often.
+    while it answers.  ``exports`` is what it serves, ``restarted`` how often it came back after it had ended
+    unasked, ``gave_up`` says that it failed too often.
     """
 
     def __init__(
         self, work: Work, number: int, *, stats: str | None = None, pidfile: str | None = None
     ) -> None:
         self.exports: list[Export] = []
+        self.restarted = 0
         self.gave_up = False
         self.nbdkit: Nbdkit | None = None
         self._work = work
@@ -71,6 +76,8 @@ class Worker:
         self._pidfile = pidfile
         self._pidfile_written = False
         self._restarts: list[float] = []
+        self._known: set[str] = set()
+        self._last_failure: VmdkError | None = None
         self._life: asyncio.Task[None] | None = None
         self._code = 0
         self._running = False
@@ -80,7 +87,7 @@ class Worker:
     async def begin(self) -> None:
         """Start nbdkit and wait until it answers; if it does not, no process is left.  ServerError."""
         work = self._work
-        nbdkit = self.nbdkit = Nbdkit(work.plugin, self._tell, warned=work.warned)
+        nbdkit = self.nbdkit = Nbdkit(work.plugin, self._tell)
         options = list(work.options)
         if self._sign is not None:
             if os.path.exists(self._sign):
@@ -97,7 +104,7 @@ class Worker:
                 await nbdkit.end(10)
             raise
         self._running = True
-        nbdkit.started()
+        nbdkit.started(self._known, quietly=work.warned and not self._restarts)
 
     def live(self) -> asyncio.Task[None]:
         """Begin to watch the process until it ends for good, starting it again if that is wanted."""
@@ -109,7 +116,13 @@ class Worker:
         if self._code == 0 or self._life is None or not self._life.done() or self._told:
             return None
         self._told = True
-        return ServerError(None, why=f"{self._name} ended unasked: it {how_ended(self._code)}")
+        why = f"{self._name} ended unasked: it {how_ended(self._code)}"
+        if not self.gave_up:
+            return ServerError(None, why=why)
+        if self._last_failure is None:
+            return ServerError(None, why=f"{why}; that was too often, and it is not started again")
+        why = f"{why}, and could not be started again: {self._last_failure.message}"
+        return ServerError(None, why=why, hint=self._last_failure.hint)
 
     def let_go(self) -> None:
         """Ask the process to end; if there is none just now, let none follow."""
@@ -163,14 +176,17 @@ class Worker:
             self.nbdkit.hold()
             asked = self._stopping or self._code == 0
             events.emit(Exited(self.nbdkit.pid, self._code, how_ended(self._code), asked))
-            if asked or restart is None or not await self._again(restart):
+            told_to_end = asked or self._code == CLOSE_FAILED
+            if told_to_end or restart is None or not await self._again(restart):
                 break
 
     async def _again(self, policy: Restart) -> bool:
         """Start nbdkit again, until it answers; False if that is tried in vain too often."""
         loop = asyncio.get_running_loop()
         events = self._work.events
-        log.error("%s ended unasked: it %s", self._name, how_ended(self._code))
+        lost = "" if self._work.read_only else "; what clients had written and not flushed may be lost"
+        log.error("%s ended unasked: it %s%s", self._name, how_ended(self._code), lost)
+        self._last_failure = None
         while (delay := policy.after(self._restarts, loop.time())) is not None:
             self._restarts.append(loop.time())
             events.emit(Restarting(len(self._restarts), delay))
@@ -178,11 +194,13 @@ class Worker:
             try:
                 await self.begin()
             except VmdkError as error:
+                self._last_failure = error
                 log.warning("%s could not be started again: %s", self._name, error)
                 events.emit(Failed(str(error)))
             else:
                 assert self.nbdkit is not None
                 self._code = 0
+                self.restarted += 1
                 log.warning("%s was started again; clients have to connect anew", self._name)
                 events.emit(Restarted(self.nbdkit.pid))
                 return True

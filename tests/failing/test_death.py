@@ -78,10 +78,10 @@ def test_a_server_that_loses_something_is_found_out(serve: Serve, tmp_path: Any)
 
 @pytest.mark.parametrize("kind", ["split", "child"])
 def test_the_command_s_server_is_killed(command: Command, tmp_path: Any, kind: str) -> None:
-    """`serve` says so, leaves nothing behind and fails; the data is as safe as in any other death."""
+    """With --no-restart `serve` says so, leaves nothing behind and fails; data is as safe as in any death."""
     case = KINDS[kind](str(tmp_path))
     for turn in range(3):
-        server = command(case.path)
+        server = command(case.path, "--no-restart")
         load = load_on(server, case, (kind, turn))
         assert load.run(
             0.02 + 0.05 * turn, at_end=lambda server=server: os.kill(server.nbdkit, signal.SIGKILL)

@@ -19,6 +19,7 @@ import pytest
 from nbd_vmdk import __version__, open_disk
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.plugin.ending import CLOSE_FAILED
 from tests.engine import same
 from tests.images import desc, peek
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -741,18 +742,20 @@ def test_failed_sync(serve: Serve, tmp_path: Any, broken: tuple[str, Any]) -> No
     assert errno_of(connection.flush) == "EIO"
     assert errno_of(lambda: connection.pwrite(b"x", 0)) == "EIO"
     same(bytes(connection.pread(GRAIN, MIB)), noise(GRAIN))
-    assert server.stop() == 1
+    assert server.stop() == CLOSE_FAILED
     server.process.returncode = 0  # as this test wants it
     assert "an earlier sync failed" in server.errors.splitlines()[-1]
     assert peek(image.path, 72, 1) == b"\1"
 
 
-def test_failed_cleanup_exits_1(serve: Serve, tmp_path: Any, broken: tuple[str, Any]) -> None:
+def test_failed_cleanup_is_told_by_the_exit_code(
+    serve: Serve, tmp_path: Any, broken: tuple[str, Any]
+) -> None:
     plugin, switch = broken
     server = serve(hosted(tmp_path).path, plugin=plugin, env={"BROKEN": str(switch)})
     server.connect().pwrite(noise(GRAIN), MIB)
     switch.write_text("")
-    assert server.stop() == 1
+    assert server.stop() == CLOSE_FAILED
     server.process.returncode = 0
     (line,) = server.errors.splitlines()
     assert line.startswith("error: ")
@@ -763,7 +766,7 @@ def test_bug_keeps_its_traceback(serve: Serve, tmp_path: Any, broken: tuple[str,
     plugin, switch = broken
     server = serve(hosted(tmp_path).path, plugin=plugin, env={"BROKEN": str(switch), "BUG": "1"})
     assert errno_of(lambda: server.connect().pwrite(b"x", 0)) == "EIO"
-    assert server.stop() == 1
+    assert server.stop() == CLOSE_FAILED
     server.process.returncode = 0
     server.traceback_expected = True
     assert server.errors.count("ZeroDivisionError: a bug") == 2

@@ -618,7 +618,7 @@ def test_serve_json_and_pidfile_and_port(serving: Any, tmp_path: Path) -> None:
 
 
 def test_the_death_of_nbdkit_is_an_error(serving: Any, tmp_path: Path) -> None:
-    served = serving("--pidfile", str(tmp_path / "pid"))
+    served = serving("--no-restart", "--pidfile", str(tmp_path / "pid"))
     served.uri()
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     code, _, err = served.end()
