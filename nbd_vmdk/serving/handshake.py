@@ -6,6 +6,7 @@ size and the flags of each, say goodbye.  Nothing is read from the disk.
 """
 
 import asyncio
+import socket
 import struct
 from dataclasses import dataclass
 
@@ -74,6 +75,22 @@ async def read_exports(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     writer.write(_OPTION + struct.pack(">II", _ABORT, 0))
     await writer.drain()
     return found
+
+
+def take_leave(connected: socket.socket, patience: float = 1.0) -> None:
+    """Say a polite goodbye to the server at the other end: who just hangs up is an error in its log.
+
+    What does not answer within ``patience`` seconds, or is no NBD server, is left without.
+    """
+    connected.settimeout(patience)
+    try:
+        greeting = connected.recv(18, socket.MSG_WAITALL)
+        if greeting[:16] == _GREETING + _OPTION:
+            connected.sendall(struct.pack(">I", _FIXED_NEWSTYLE) + _OPTION + struct.pack(">II", _ABORT, 0))
+            while connected.recv(64):
+                pass
+    except OSError:
+        pass  # it was only politeness
 
 
 async def _ask(

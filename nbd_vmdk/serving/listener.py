@@ -19,6 +19,7 @@ import tempfile
 from urllib.parse import quote
 
 from nbd_vmdk.errors import InUse, OptionError, StorageError
+from nbd_vmdk.serving.handshake import take_leave
 from nbd_vmdk.serving.scratch import HeldFolder
 from nbd_vmdk.serving.tls import ServerTls
 
@@ -190,6 +191,7 @@ def listen_unix(
         except OSError as error:
             raise StorageError.of(error, path, "connect") from error
         else:
+            take_leave(probe)
             raise InUse(path, how="a server answers there", hint="name another socket, or stop that server")
     return _listen_unix(path, mode, number)
 

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from nbd_vmdk.cli.stats import table
-from nbd_vmdk.errors import OptionError, StorageError
+from nbd_vmdk.errors import InUse, OptionError, StorageError
 from nbd_vmdk.serving import asking
+from nbd_vmdk.serving.listener import listen_unix
 from nbd_vmdk.serving.notify import notify
 from tests.plugin import ROOT, errno_of, nbd
 from tests.serving import command, served, size_of, vmdk
@@ -360,3 +361,34 @@ def test_a_server_that_was_killed_leaves_numbers_socket_and_all_to_the_next(
     with served(disk, "--socket", path, "--stats") as (uri, _):
         work(uri)
         assert "read" in vmdk("stats", path).stdout
+
+
+# The next server.
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_who_finds_a_socket_taken_leaves_its_server_in_peace(
+    disk: Path, tmp_path: Path, tls: Tls, encrypted: bool
+) -> None:
+    """A server sees its probe as a client, and one that just hangs up is an error in its log."""
+    words = ["--tls-psk", tls.psk] if encrypted else []
+    with served(disk, "-r", *words, "--socket", tmp_path / "s", "--max-connections", 3) as (_uri, process):
+        for _ in range(8):
+            begin = time.monotonic()
+            with pytest.raises(InUse, match="a server answers there"):
+                listen_unix(tmp_path / "s")
+            assert time.monotonic() - begin < 0.9
+        done = vmdk("serve", disk, "-r", "--socket", tmp_path / "s", code=5)
+        assert "name another socket" in done.stderr
+    assert process.said == ""  # type: ignore[attr-defined]
+
+
+def test_a_taken_socket_of_something_else(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        other.listen()
+        # Who says nothing is not waited for.
+        begin = time.monotonic()
+        with pytest.raises(InUse):
+            listen_unix(tmp_path / "s")
+        assert 0.9 < time.monotonic() - begin < 10
