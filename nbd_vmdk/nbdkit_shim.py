@@ -4,6 +4,9 @@ nbdkit embeds the Python it was built with, which knows nothing of the virtual e
 installed in.  So this file, run by path, puts that environment and the package first on ``sys.path``.
 ``plugin.py`` at the top of a checkout is a link to it; ``nbd-vmdk --plugin-path`` tells where it is.
 
+It is run as ``nbdkit python plugin.py file=disk.vmdk``.  Without the word ``python`` nbdkit 1.32 takes what
+has a slash in its name for a shared library.
+
 ``NBD_VMDK_SITE`` names the site-packages to use; ``nbd-vmdk serve`` sets it to its own.
 """
 

@@ -31,6 +31,9 @@ from nbd_vmdk.serving.worker import log
 #: serves a slow disk to clients with many requests in flight does well to ask for more.  See docs/PROFILE.md.
 DEFAULT_THREADS = 8
 
+#: Options of opening that are not for who serves to choose.
+_OURS = {"writable", "locks"}
+
 __all__ = [
     "Checked",
     "Overlays",
@@ -109,7 +112,11 @@ async def serve(
 
     Raises what :func:`~nbd_vmdk.open_disk` raises, InUse if the address is taken, and ServerError.
     """
-    wanted = OpenOptions(writable=not read_only, locks=True, **options)
+    try:
+        wanted = OpenOptions(writable=not read_only, locks=True, **options)
+    except TypeError as error:
+        hint = "read_only says whether a server writes; it always locks" if _OURS & options.keys() else None
+        raise OptionError(None, why=str(error), hint=hint) from None
     overlays = Overlays(scratch, scratch_dir, overlay)
     overlays.check(wanted)
     address = Address(socket, socket_mode, socket_group, port, bind, vsock, activated)

@@ -82,6 +82,20 @@ async def until(events: AsyncIterator[Event], kind: type[E]) -> E:
     raise AssertionError(kind)
 
 
+def test_options_are_refused_as_open_disk_refuses_them(image: Path) -> None:
+    async def why(**options: object) -> OptionError:
+        with pytest.raises(OptionError) as caught:
+            async with nbd_vmdk.serve(image, **options):
+                pass
+        return caught.value
+
+    with pytest.raises(OptionError) as opened:
+        nbd_vmdk.open_disk(image, unknown=1)
+    assert str(run(why(unknown=1))) == str(opened.value)
+    for mine in ({"writable": True}, {"locks": False}):
+        assert (run(why(**mine)).hint or "").startswith("read_only says")
+
+
 def test_a_life_in_events(plugin: Path) -> None:
     async def main() -> list[Event]:
         server = Server(listen_private(), plugin, bad(plugin))
