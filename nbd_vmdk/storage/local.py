@@ -59,6 +59,7 @@ class LocalFile(Storage):
         # A device's size is not in its inode, and it does not grow under its users.
         self._device_size = os.lseek(fd, 0, os.SEEK_END) if is_device else 0
         self._can = {_PUNCH_HOLE: True, _ZERO_RANGE: True}
+        self._tried = is_device
         self._sent = 0  # where writing behind goes on
 
     @property
@@ -160,7 +161,32 @@ class LocalFile(Storage):
             self._write_zeros(at, min(length, self.size - at))
 
     def zeroes_fast(self, *, punch: bool) -> bool:
+        """See Storage: the first time it is tried out, on a new file without a name in the same folder.
+
+        In the file itself each range is somebody's.  Where the folder may not be written, nothing is known.
+        """
+        if not self._tried:
+            self._tried = True
+            self._try_out()
         return self._can[_PUNCH_HOLE if punch else _ZERO_RANGE]
+
+    def _try_out(self) -> None:
+        try:
+            beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
+            fd = os.open(beside, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            # What has no files without names has no ranges of zeros either, SMB apart: NFS, FAT.
+            if error.errno == errno.EOPNOTSUPP:
+                self._can[_ZERO_RANGE] = False
+            return
+        try:
+            if os.fstat(fd).st_dev == self._identity[0]:  # a file may be mounted alone
+                call = _libc_fallocate()
+                for mode in self._can:
+                    if call(fd, mode | _KEEP_SIZE, 0, 4096) != 0 and ctypes.get_errno() in _NEVER:
+                        self._can[mode] = False
+        finally:
+            os.close(fd)
 
     def _fallocate(self, mode: int, at: int, length: int) -> bool:
         """Whether the kernel did it; False means: write zeros instead.  The size stays."""

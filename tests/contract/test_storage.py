@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -443,13 +444,58 @@ def test_a_missing_call_is_tried_once(
 
     monkeypatch.setattr(local, "_libc_fallocate", lambda: fallocate)
     storage = local_file(tmp_path / "file", DATA)
-    assert storage.zeroes_fast(punch=False)
     storage.zero(0, 10)
     storage.zero(10, 10)
     assert len(calls) == again
+    monkeypatch.undo()
     assert storage.zeroes_fast(punch=False) is (again > 1)
     assert storage.zeroes_fast(punch=True), "what can't be zeroed may still be punched"
     assert storage.read(0, 21) == bytes(20) + DATA[20:21]
+
+
+def test_what_is_fast_is_known_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried out beside the file, which stays; and a folder that lets nobody try tells nothing."""
+    calls: list[int] = []
+
+    def fallocate(*arguments: int) -> int:
+        calls.append(arguments[0])
+        local.ctypes.set_errno(errno.EOPNOTSUPP if arguments[1] & 0x10 else 0)
+        return -1 if arguments[1] & 0x10 else 0
+
+    monkeypatch.setattr(local, "_libc_fallocate", lambda: fallocate)
+    storage = local_file(tmp_path / "file", DATA)
+    before = sorted(os.listdir(tmp_path))
+    for _ in range(2):
+        assert not storage.zeroes_fast(punch=False)
+        assert storage.zeroes_fast(punch=True)
+    assert len(calls) == 2
+    assert sorted(os.listdir(tmp_path)) == before
+    assert storage.read(0, len(DATA)) == DATA
+
+    def refused(number: int) -> Callable[..., int]:
+        def no_file(*_arguments: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+        return no_file
+
+    for number, known in ((errno.EACCES, True), (errno.EROFS, True), (errno.EOPNOTSUPP, False)):
+        storage = local_file(tmp_path / f"file{number}", DATA)
+        with monkeypatch.context() as patched:
+            patched.setattr(local.os, "open", refused(number))
+            assert storage.zeroes_fast(punch=False) is known
+        assert storage.zeroes_fast(punch=True)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a tmpfs")
+def test_a_file_in_memory_has_no_ranges_of_zeros() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        storage = local_file(Path(folder, "file"), DATA)
+        fast = storage.zeroes_fast(punch=False)
+        storage.zero(0, 4096)
+        assert storage.zeroes_fast(punch=False) == fast
+        storage.close()
 
 
 def test_zeroing_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
