@@ -26,7 +26,7 @@ from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, VmdkError, printable
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.plugin import ending
+from nbd_vmdk.plugin import aborting, ending
 from nbd_vmdk.plugin.commandline import nbdkit_is_read_only
 from nbd_vmdk.plugin.descriptors import warn_of_few
 from nbd_vmdk.plugin.errorlog import ErrorLog
@@ -168,6 +168,19 @@ class Plugin:
             sys.stderr.write(f"warning: {printable(warning)}\n")
         sys.stderr.flush()
 
+    def flush(self) -> None:
+        """Make all that was written durable, because nbdkit ends without closing anything."""
+        done = "all that was written is flushed"
+        for disk in self.exports.disks.values() if self.exports is not None else ():
+            try:
+                if disk.writable:
+                    disk.flush()
+            except VmdkError as error:
+                sys.stderr.write(f"error: {error}\n")
+                done = "not all that was written could be flushed"
+        sys.stderr.write(f"warning: nbdkit fails over a client that vanished; {done}\n")
+        sys.stderr.flush()
+
 
 class Handle:
     """A connection: its disk, whether it may write, and its threads' states."""
@@ -280,6 +293,7 @@ def get_ready() -> None:
 def after_fork() -> None:
     """Begin to wait for the signal to end; threads must not be started earlier."""
     ending.watch(nbdkit.shutdown)
+    aborting.watch(_plugin.flush)
     if _plugin.share is not None:
         _plugin.turns = Turns(_plugin.share)
     if _plugin.stats is not None:
