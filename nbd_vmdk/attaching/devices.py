@@ -17,10 +17,10 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from nbd_vmdk.attaching.jobs import Job, alone, find_job, run_folder, serve_command, start_job, wait_for
-from nbd_vmdk.errors import DeviceError, InUse, OptionError, StorageError
+from nbd_vmdk.attaching.places import Place, place_of
+from nbd_vmdk.errors import DeviceError, InUse, OptionError, ServerError, StorageError
 from nbd_vmdk.units import SECTOR
 
 #: Connections by which the kernel talks to the server, each with a queue of its own.
@@ -130,14 +130,13 @@ class Kernel:
             return []
 
 
-def client_command(
-    device: str, *, where: Sequence[str], name: str = "", connections: int, read_only: bool = False
-) -> list[str]:
-    """The words that attach ``device`` and stay until it is detached; ``where`` is ``host port`` or a socket.
+def client_command(device: str, place: Place, *, connections: int, read_only: bool = False) -> list[str]:
+    """The words that attach ``device`` and stay until it is detached.
 
     Only by ioctls (-L) does nbd-client stay as long as the device is attached; by netlink it is gone at once.
     """
-    words = ["nbd-client", *where, device, "-L", "-n", "-C", str(connections), "-N", name]
+    words = ["nbd-client", *place.where, device, "-L", "-n", "-C", str(connections), "-N", place.export]
+    words += place.tls
     return [*words, "-R"] if read_only else words
 
 
@@ -172,7 +171,14 @@ def attach(
                 raise InUse(kernel.path(name), how="something is attached to it", hint=hint)
         command = _command(kernel.path(name), image, read_only, connections, options)
         facts = {"image": image if "://" in image else os.path.abspath(image), "device": kernel.path(name)}
-        job = start_job(name, command, lambda: kernel.attached(name) and kernel.size(name) > 0, facts)
+        try:
+            job = start_job(name, command, lambda: kernel.attached(name) and kernel.size(name) > 0, facts)
+        except ServerError as error:
+            if not image.startswith("nbds:") or error.hint is not None or "ioctl" in error.message.lower():
+                raise
+            # nbd-client tells of a refused handshake only that nobody talks to it.
+            hint = "is the server's certificate for that host, and ca-cert.pem of who vouches for it?"
+            raise ServerError(None, why=error.message, hint=hint) from error
     warnings = [line.removeprefix("warning: ") for line in job.said() if line.startswith("warning: ")]
     warnings += _scan(kernel, name)
     partitions = tuple(map(kernel.path, kernel.partitions(name)))
@@ -215,31 +221,12 @@ def job_of(device: str, kernel: Kernel | None = None) -> Job | None:
 def _command(device: str, image: str, read_only: bool, connections: int, options: Sequence[str]) -> list[str]:
     local = "://" not in image
     # The first disk of several is the default export, which the empty name means.
-    where, name = (["-unix", "$unixsocket"], "") if local else place_of(image)
-    words = client_command(device, where=where, name=name, connections=connections, read_only=read_only)
+    place = Place(("-unix", "$unixsocket")) if local else place_of(image)
+    words = client_command(device, place, connections=connections, read_only=read_only)
     words[0] = _client() or words[0]  # it may not be on the PATH of who asks
     if not local:
         return words
     return serve_command(image, ["-r", *options] if read_only else options, words)
-
-
-def place_of(uri: str) -> tuple[list[str], str]:
-    """The words by which nbd-client finds what a URI names, and the export's name."""
-    try:
-        parts = urlsplit(uri)
-        host, port = parts.hostname, parts.port or 10809
-    except ValueError as error:
-        raise OptionError(uri, why=f"is no NBD URI: {error}") from None
-    name = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd" and host:
-        return [host, str(port)], name
-    socket = parse_qs(parts.query).get("socket", [""])[0]
-    if parts.scheme == "nbd+unix" and socket:
-        return ["-unix", socket], name
-    if parts.scheme.startswith("nbds"):
-        why = "the kernel's NBD client does not encrypt"
-        raise OptionError(uri, why=why, hint="'nbd-vmdk mount' does, and so does QEMU")
-    raise OptionError(uri, why="is no NBD URI that can be attached", hint="nbd://HOST:PORT/NAME can")
 
 
 def _need_tools() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,9 @@ _STEP = 0.05
 # The shell that waits for the job leaves its exit code.  It takes note of a signal to the whole group, and
 # goes on waiting; what it starts takes that signal as ever.
 _WAIT = 'trap : TERM; folder=$1; shift; "$@"; echo $? >"$folder/exit"'
+
+#: A line with an error, ours or that of nbd-client.
+_ERROR = re.compile(r"(?:error: |.*\bError: )(.+)")
 
 
 def run_folder() -> str:
@@ -197,8 +201,8 @@ def _give_up(job: Job, *, ended: bool) -> None:
 
 
 def _failure(lines: Sequence[str], otherwise: str) -> ServerError:
-    """What the last ``error:`` line says, or else the last line at all."""
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    """What the last line with an error says, or else the last line at all."""
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
     if errors:
         return ServerError(None, why=errors[-1], hint=hints[-1] if hints else None)

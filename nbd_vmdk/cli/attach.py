@@ -29,6 +29,9 @@ def attach(
 ) -> int:
     """Attach IMAGE, or what an NBD URI names, to DEVICE, or to the first NBD device that is free.
 
+    An encrypted server is one like 'nbds://HOST/NAME?tls-certificates=DIR', with ca-cert.pem in DIR, and
+    client-cert.pem and client-key.pem if it wants to see one.
+
     Returns when the device and its partitions are there, and prints their names.  The server stays in the
     background until the device is detached: 'nbd-vmdk detach' does that, and makes sure.
     """

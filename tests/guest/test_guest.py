@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from nbd_vmdk.attaching.devices import client_command
+from nbd_vmdk.attaching.places import place_of
 from tests.guest import Guest
+from tests.serving.conftest import Tls, tls
+
+__all__ = ["tls"]
 
 _SIZE = "128M"
 
@@ -128,7 +132,7 @@ def test_qemu_is_the_client_of_a_split_disk_and_of_a_child_link(guest: Guest, tm
         run("e2fsck", "-fn", raw)
 
 
-def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) -> None:
+def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path, tls: Tls) -> None:
     image = tmp_path / "disk.vmdk"
     run("qemu-img", "create", "-q", "-f", "vmdk", image, _SIZE)
     network = ("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile=")
@@ -155,9 +159,9 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
         }}
         """
 
-    def script(uri: str, work: str) -> str:
-        port = uri.rpartition(":")[2].strip("/")
-        words = client_command("/dev/nbd0", where=("10.0.2.2", port), connections=4)
+    def script(uri: str, work: str, query: str = "") -> str:
+        uri = uri.replace("127.0.0.1", "10.0.2.2") + query
+        words = client_command("/dev/nbd0", place_of(uri), connections=4)
         return attach.format(client=shlex.join(words)) + work
 
     with served(image, "--port", "0") as uri:
@@ -180,10 +184,15 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
     sound(image)
     run("e2fsck", "-fn", f"{flattened(image)}?offset={2048 * 512}")
 
-    # The server is another one now, and the guest knows nothing but the port.
-    with served(image, "--port", "0", "--threads", "2") as uri:
+    # The server is another one now, encrypts, and wants to know who calls.
+    certificates = "".join(
+        f"cat >{file} <<'end'\n{file.read_text()}end\n" for file in sorted(tls.client.glob("*.pem"))
+    )
+    words = ("--port", "0", "--threads", "2", "--tls-certificates", str(tls.server), "--tls-verify-peer")
+    with served(image, *words) as uri:
         again = guest.run(
-            script(
+            f"mkdir -p {tls.client}\n{certificates}"
+            + script(
                 uri,
                 """
                 see_partition
@@ -193,6 +202,7 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path) 
                 umount /mnt
                 detach
                 """,
+                f"/?tls-certificates={tls.client}&tls-hostname=localhost",
             ),
             *network,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -21,11 +22,15 @@ import pytest
 
 from nbd_vmdk import cli, open_disk
 from nbd_vmdk.attaching import devices, jobs
-from nbd_vmdk.errors import DeviceError, InUse, OptionError, ServerError
+from nbd_vmdk.attaching.places import place_of
+from nbd_vmdk.errors import DeviceError, FileMissing, InUse, OptionError, ServerError
 from tests.serving import served
-from tests.serving.conftest import MIB
+from tests.serving.conftest import MIB, Tls
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can attach devices")
+
+#: The real one.
+NBD_CLIENT = shutil.which("nbd-client", path=os.environ["PATH"] + ":/usr/sbin")
 
 CLIENT = f"""#!{sys.executable}
 import os, subprocess, sys, time
@@ -47,6 +52,9 @@ if words[0] == "-unix":
     where, device = "nbd+unix:///?socket=" + words[1], words[2]
 else:
     where, device = "nbd://%s:%s/" % tuple(words[:2]), words[2]
+if "-cacertfile" in words:
+    folder = os.path.dirname(words[words.index("-cacertfile") + 1])
+    where = where.replace("nbd:", "nbds:") + "?tls-certificates=" + folder
 size = int(subprocess.run(["nbdinfo", "--size", where], stdout=subprocess.PIPE, check=True).stdout)
 block = home + "/sys/block/" + os.path.basename(device)
 name = os.path.basename(device) + "p1"
@@ -255,11 +263,78 @@ def test_what_is_missing(
     ],
 )
 def test_uris(uri: str, words: str) -> None:
-    where, _name = devices.place_of(uri)
-    assert " ".join(where) == words
+    place = place_of(uri)
+    assert " ".join(place.where) == words
+    assert place.tls == ()
 
 
-@pytest.mark.parametrize("uri", ["nbds://host/", "http://host/", "nbd+unix:///x", "nbd://host:x/"])
-def test_uris_that_can_not_be_attached(uri: str) -> None:
-    with pytest.raises(OptionError):
-        devices.place_of(uri)
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("http://host/", "is no NBD URI"),
+        ("nbd+unix:///x", "is no NBD URI"),
+        ("nbd://host:x/", "is no NBD URI"),
+        ("nbds://host/", "nothing says whom to trust"),
+        ("nbds://host/?tls-certificates=", "nothing says whom to trust"),
+        ("nbds://me@host/?tls-psk-file=/k", "no pre-shared keys"),
+        ("nbds://host/?tls-certificates=/c&tls-verify-peer=false", "only if its server's certificate"),
+        ("nbds://host/?tls-certificates=/c&tls-priority=low", "tls-priority is not known"),
+        ("nbds+unix:///?socket=/s&tls-certificates=/c", "only over TCP"),
+        ("nbds+vsock://2:1/", "only over TCP"),
+    ],
+)
+def test_uris_that_can_not_be_attached(uri: str, why: str) -> None:
+    with pytest.raises(OptionError, match=why):
+        place_of(uri)
+
+
+def test_who_is_trusted_and_what_is_shown(tls: Tls, tmp_path: Path) -> None:
+    uri = f"nbds://far.example/a?tls-certificates={tls.client}"
+    shown = ["-certfile", f"{tls.client}/client-cert.pem", "-keyfile", f"{tls.client}/client-key.pem"]
+    trusted = ["-cacertfile", f"{tls.client}/ca-cert.pem", "-tlshostname"]
+    place = place_of(uri)
+    assert (place.where, place.export) == (("far.example", "10809"), "a")
+    assert list(place.tls) == [*trusted, "far.example", *shown]
+    assert list(place_of(f"{uri}&tls-hostname=near").tls) == [*trusted, "near", *shown]
+    assert "-certfile" not in place_of(f"nbds://h/?tls-certificates={tls.trusting}").tls
+    (tmp_path / "client-cert.pem").touch()
+    for missing in ("ca-cert.pem", "client-key.pem"):
+        with pytest.raises(FileMissing) as told:
+            place_of(f"nbds://h/?tls-certificates={tmp_path}")
+        assert told.value.file == f"{tmp_path}/{missing}"
+        (tmp_path / missing).touch()
+
+
+def test_an_encrypted_server(fake: Fake, disk: Path, tls: Tls, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--port", 0, "--tls-certificates", tls.server, "--tls-verify-peer")
+    with served(disk, *words) as (uri, process):
+        uri = uri.replace("127.0.0.1", "localhost") + f"/?tls-certificates={tls.client}"
+        out, _ = run(capsys, "attach", "-r", "--json", uri)
+        assert json.loads(out)["size"] == 4 * MIB
+        assert "-tlshostname localhost" in fake.called[-1]
+        assert fake.called[-1].endswith("client-key.pem -R")
+        job = devices.find_job("nbd0")
+        assert job is not None
+        assert job.facts["image"] == uri
+        run(capsys, "detach", "nbd0")
+        assert not job.alive
+    assert process.said == ""  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(NBD_CLIENT is None, reason="needs nbd-client")
+def test_the_real_client_encrypts_and_looks_at_certificates(
+    fake: Fake, disk: Path, tls: Tls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gets as far as the device, which is none here; with the wrong ones no further than the greeting."""
+    (tmp_path / "bin/nbd-client").unlink()
+    (tmp_path / "bin/nbd-client").symlink_to(str(NBD_CLIENT))
+    words = ("--port", 0, "--tls-certificates", tls.server, "--tls-verify-peer")
+    with served(disk, "-r", *words) as (uri, _process):
+        uri = uri.replace("127.0.0.1", "localhost") + "/?tls-certificates="
+        _, errors = run(capsys, "attach", f"{uri}{tls.client}", code=1)
+        assert "ioctl" in errors.lower()
+        for wrong in (tls.trusting, tls.stranger, f"{tls.client}&tls-hostname=elsewhere"):
+            _, errors = run(capsys, "attach", f"{uri}{wrong}", code=1)
+            assert "ioctl" not in errors.lower()
+            assert "hint: is the server's certificate for that host" in errors
+    assert os.listdir(tmp_path / "run") == ["lock"]
