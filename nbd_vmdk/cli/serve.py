@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from nbd_vmdk.cli.opening import json_option, open_options, serve_options
+from nbd_vmdk.cli.opening import ImagePath, json_option, open_options, serve_options
 from nbd_vmdk.errors import OptionError
 
 
@@ -113,7 +113,7 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
 @open_options
 @serve_options
 @json_option
-@click.argument("images", type=click.Path(), metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("images", type=ImagePath(), metavar="IMAGE...", nargs=-1, required=True)
 def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options: Any) -> int:
     """Serve each IMAGE over NBD; print the URIs; stay until SIGINT or SIGTERM.
 

@@ -220,6 +220,7 @@ def test_what_the_system_refuses_has_a_hint(number: int, doing: str, hint: str |
         ["info", "https://example.com/disk.vmdk"],
         ["convert", "http://example.com/disk.vmdk", "a.vmdk"],
         ["snapshot", "list", "ssh://host/disk.vmdk"],
+        ["serve", "https://example.com/disk.vmdk"],
         ["compare", "a.vmdk", "nbd://localhost/x"],
     ],
 )
