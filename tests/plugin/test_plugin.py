@@ -562,7 +562,11 @@ def access_modes(server: Nbdkit, path: str) -> set[int]:
     """How the server has a file open."""
     found = set()
     for fd in os.listdir(f"/proc/{server.pid}/fd"):
-        if os.readlink(f"/proc/{server.pid}/fd/{fd}") == os.path.realpath(path):
+        try:
+            name = os.readlink(f"/proc/{server.pid}/fd/{fd}")
+        except FileNotFoundError:
+            continue  # a connection that has ended meanwhile
+        if name == os.path.realpath(path):
             with open(f"/proc/{server.pid}/fdinfo/{fd}") as file:
                 flags = next(line for line in file if line.startswith("flags:"))
             found.add(int(flags.split()[1], 8) & os.O_ACCMODE)
