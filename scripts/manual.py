@@ -94,9 +94,17 @@ def verbs() -> Iterator[click.Context]:
     while waiting:
         context = waiting.pop(0)
         yield context
-        for name, command in getattr(context.command, "commands", {}).items():
-            if not command.hidden:
-                waiting.append(click.Context(command, context, info_name=name, **command.context_settings))
+        for name, command in _inside(context).items():
+            waiting.append(click.Context(command, context, info_name=name, **command.context_settings))
+
+
+def _inside(context: click.Context) -> dict[str, click.Command]:
+    """The commands of a group that are not hidden, by name."""
+    group = context.command
+    if not isinstance(group, click.Group):
+        return {}
+    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None and not command.hidden}
 
 
 def page_name(path: str) -> str:
@@ -127,8 +135,7 @@ def render(context: click.Context, examples: list[Block], others: list[str], dat
         if record is not None and isinstance(parameter, click.Option):
             flags = re.sub(r"(?<![\w-])--?[a-z][\w-]*", lambda found: rf"\fB{found[0]}\fP", record[0])
             lines += [".TP", _plain(flags, keep=r"\\f[BP]"), _plain(record[1])]
-    inside = getattr(command, "commands", {})
-    if inside:
+    if inside := _inside(context):
         lines.append(".SH COMMANDS")
         for verb, each in inside.items():
             lines += [".TP", rf"\fB{_plain(page_name(f'{path} {verb}'))}\fP(1)", _plain(_short(each))]

@@ -1,7 +1,7 @@
 """The command line: ``nbd-vmdk VERB IMAGE``.
 
-Each verb is a thin module that asks the engine and shows the answer; only click is imported until a verb
-runs, so that ``--help`` answers at once.
+Each verb is a thin module that asks the engine and shows the answer.  Only the one that runs is imported, and
+the engine not before it runs, so that ``--help`` answers at once.
 
 Results go to stdout, all else to stderr, as ``error: FILE: what``, ``hint: what to do``, ``warning: what``.
 With ``--json`` an error is one JSON object on stdout as well.  Exit codes: 0 done, 1 failed, 2 the command
@@ -13,37 +13,47 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
 
 import click
 
 from nbd_vmdk import __version__
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.attach import attach, detach, mount, umount
-from nbd_vmdk.cli.check import check
-from nbd_vmdk.cli.checksum import checksum
-from nbd_vmdk.cli.clone import clone
-from nbd_vmdk.cli.compact import compact
-from nbd_vmdk.cli.compare import compare
-from nbd_vmdk.cli.completion import PROGRAM, answer, completion
-from nbd_vmdk.cli.convert import convert
-from nbd_vmdk.cli.create import create
-from nbd_vmdk.cli.delete import delete
-from nbd_vmdk.cli.doctor import doctor
-from nbd_vmdk.cli.info import info
-from nbd_vmdk.cli.map import map_
-from nbd_vmdk.cli.read import read
-from nbd_vmdk.cli.rename import rename
-from nbd_vmdk.cli.repair import repair
-from nbd_vmdk.cli.resize import resize
-from nbd_vmdk.cli.serve import serve
+from nbd_vmdk.cli.completion import PROGRAM, answer
 from nbd_vmdk.cli.signals import AskedToEnd, orderly_end
-from nbd_vmdk.cli.snapshot import snapshot
-from nbd_vmdk.cli.stats import stats
-from nbd_vmdk.cli.write import write
 from nbd_vmdk.errors import OptionError, StorageError, VmdkError
 
 INTERRUPTED = 130
 READER_GONE = 141
+
+#: Where each verb is: its module in this package, and its name there.
+_VERBS: Final = {
+    "attach": ("attach", "attach"),
+    "check": ("check", "check"),
+    "checksum": ("checksum", "checksum"),
+    "clone": ("clone", "clone"),
+    "compact": ("compact", "compact"),
+    "compare": ("compare", "compare"),
+    "completion": ("completion", "completion"),
+    "convert": ("convert", "convert"),
+    "create": ("create", "create"),
+    "delete": ("delete", "delete"),
+    "detach": ("attach", "detach"),
+    "doctor": ("doctor", "doctor"),
+    "info": ("info", "info"),
+    "map": ("map", "map_"),
+    "mount": ("attach", "mount"),
+    "read": ("read", "read"),
+    "rename": ("rename", "rename"),
+    "repair": ("repair", "repair"),
+    "resize": ("resize", "resize"),
+    "serve": ("serve", "serve"),
+    "snapshot": ("snapshot", "snapshot"),
+    "stats": ("stats", "stats"),
+    "umount": ("attach", "umount"),
+    "write": ("write", "write"),
+}
 
 #: What click raises for a group without a verb.  Before 8.2 it has no such error: it shows the help itself.
 _NOTHING_ASKED: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -58,7 +68,20 @@ def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) 
 
 
 class Verbs(click.Group):
-    """All verbs; who forgets one and names an image at once is told of them."""
+    """All verbs, imported when asked for; who forgets one and names an image at once is told of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """See Group."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """See Group."""
+        if cmd_name not in _VERBS:
+            return None
+        module, name = _VERBS[cmd_name]
+        verb = getattr(import_module(f"nbd_vmdk.cli.{module}"), name)
+        assert isinstance(verb, click.Command)
+        return verb
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -91,35 +114,6 @@ class Verbs(click.Group):
 )
 def root() -> None:
     """Put any VMware virtual disk (VMDK) on the network with NBD, in place, without converting it."""
-
-
-for _verb in (
-    serve,
-    attach,
-    detach,
-    mount,
-    umount,
-    stats,
-    info,
-    map_,
-    create,
-    convert,
-    compare,
-    checksum,
-    read,
-    write,
-    check,
-    repair,
-    snapshot,
-    resize,
-    compact,
-    rename,
-    clone,
-    delete,
-    doctor,
-    completion,
-):
-    root.add_command(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

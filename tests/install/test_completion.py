@@ -50,9 +50,11 @@ def test_answers(words: str, answer: list[str]) -> None:
 
 
 def test_all_verbs_are_offered() -> None:
+    from click import Context
+
     from nbd_vmdk.cli import root
 
-    assert set(asked("nbd-vmdk ")) == {f"plain,{name}" for name in root.commands}
+    assert set(asked("nbd-vmdk ")) == {f"plain,{name}" for name in root.list_commands(Context(root))}
 
 
 def test_it_is_quick() -> None:
