@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.machine import FOLDER, alone, machine, versions
+from benchmarks.machine import FOLDER, alone, as_installed, machine, versions
 from nbd_vmdk.units import GIB, MIB
 
 _QEMU = ("qemu-img", "convert", "-m", "16", "-T", "none")
@@ -135,7 +135,7 @@ def run(words: tuple[str, ...], target: str) -> Run:
     subprocess.run(["sync", "-f", os.path.dirname(target)], check=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=as_installed(os.environ))
     wall = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from nbd_vmdk import __version__
@@ -15,6 +15,9 @@ from nbd_vmdk import __version__
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #: Where images are kept and runs write: nothing here is worth keeping.
 FOLDER = os.path.join(ROOT, "build", "bench")
+
+#: Where Pythons that are measured keep compiled modules; an installed package has them beside its own.
+_COMPILED = os.path.join(FOLDER, "pycache")
 
 _TOOLS = {
     "nbdkit": ("nbdkit", "--version"),
@@ -38,6 +41,12 @@ def alone() -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def as_installed(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` with compiled modules for Python, which whoever installs a package has, too."""
+    changed = {key: value for key, value in environment.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return changed | {"PYTHONPYCACHEPREFIX": _COMPILED}
 
 
 def machine(folder: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from benchmarks.machine import FOLDER
+from benchmarks.machine import as_installed
 from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_environment
 from nbd_vmdk.serving.server import DEFAULT_THREADS, plugin_path
 from nbd_vmdk.units import MIB
@@ -26,9 +26,6 @@ STOP_TIMEOUT = 60.0
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 _TICKS = os.sysconf("SC_CLK_TCK")
-
-#: Where the servers' Pythons find and keep compiled modules, which an installed package has beside its own.
-_COMPILED = os.path.join(FOLDER, "pycache")
 
 # The socket must be descriptor 3 and the process's own ID in its environment: a shell that becomes the
 # server can do both.
@@ -124,8 +121,6 @@ class Server:
         environment = nbdkit_environment(find_nbdkit())
         if "NBD_VMDK_SITE" in os.environ:
             environment["NBD_VMDK_SITE"] = os.environ["NBD_VMDK_SITE"]
-        environment["PYTHONPYCACHEPREFIX"] = _COMPILED
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         with self._listener, open(self._log, "wb") as log:
             self.started = time.monotonic()
             self._process = subprocess.Popen(
@@ -133,7 +128,7 @@ class Server:
                 stdin=self._listener.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=as_installed(environment),
             )
         return self
 
