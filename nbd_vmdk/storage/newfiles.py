@@ -214,7 +214,7 @@ class NewFiles:
         InUse for what is in use, StorageError.  Then nothing has changed: what was moved already has been
         taken back.
         """
-        names = [name for name in sorted(os.listdir(self._from)) if name != main]
+        names = [name for name in sorted(self._names()) if name != main]
         names.append(main)
         moves = self._finish_all(names)
         try:
@@ -229,6 +229,14 @@ class NewFiles:
                 self._take_back(move)
             raise
         return tuple(self._label(name) for name in names)
+
+    def _names(self) -> list[str]:
+        # Who opened a folder of btrfs is shown what it held then, so this opens it again.
+        fd = os.open(os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._from)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
 
     def _finish_all(self, names: list[str]) -> list["_Move"]:
         if len(names) <= _MANY:

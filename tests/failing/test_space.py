@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.failing.kinds import KINDS
 from tests.failing.load import Load, Mix
 from tests.images import desc
 from tests.images.content import KIB, MIB, Content
+from tests.mounted import mounted
 from tests.plugin import Nbdkit, errno_of
 from tests.sound import check_sound
 
@@ -29,29 +29,9 @@ GRAIN = 64 * KIB
 @pytest.fixture(params=["tmpfs", "ext4"])
 def small(tmp_path: Any, request: pytest.FixtureRequest) -> Iterator[str]:
     """A mounted file system of 8 MiB: one that is full at the write, and one on a disk."""
-    where = tmp_path / "small"
-    where.mkdir()
-    if request.param == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(where)]
-    else:
-        image = tmp_path / "ext4"
-        with open(image, "wb") as file:
-            file.truncate(ROOM + MIB)
-        try:
-            subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", str(image)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no ext4 can be made: {error}")
-        command = ["mount", "-o", "loop", str(image), str(where)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"nothing can be mounted: {error}")
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
-    try:
-        yield str(where)
-    finally:
-        subprocess.run(["umount", "--lazy", str(where)], check=True)
+    kind = request.param
+    with mounted(tmp_path, kind, ROOM + MIB if kind == "ext4" else ROOM) as where:
+        yield where
 
 
 def noise(length: int) -> bytes:
