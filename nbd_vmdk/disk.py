@@ -24,6 +24,7 @@ from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import NOTHING, Link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.shortcuts import Shortcuts
+from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import KIB, MIB
 from nbd_vmdk.vm import FoundDisk, locate
@@ -194,6 +195,12 @@ class Disk:
             self.read_into(memoryview(buf), offset)
         return bytes(buf)
 
+    def place(self, offset: int, length: int) -> tuple[Storage, int, int] | None:
+        """Which file has the bytes at ``offset`` as they are, where, and how many; None if none has."""
+        self._check(offset, length)
+        kind, count, source, at = self._locate(offset, length)
+        return (source, at, count) if kind is Kind.DATA and isinstance(source, Storage) else None
+
     def cache(self, length: int, offset: int) -> None:
         """Fetch a range into memory: the page cache, or the cache of inflated grains."""
         self._check(offset, length)
@@ -307,6 +314,18 @@ class Disk:
                 self._committer.wrote(extent)
         if fua:
             self._committer.flush()
+
+    def share(self, other: Storage, at: int, length: int, offset: int) -> bool:
+        """Make ``length`` bytes from ``at`` of a file the disk's at ``offset``, without copying them.
+
+        False where the file system, or the kind of image, can't do that: then they are to be written.  It is
+        for new images, for what is shared may have been written before only in part.
+        """
+        self._check_writable(offset, length)
+        extents = self.links[0].share(other, at, offset, length)
+        for extent in extents or ():
+            self._committer.wrote(extent)
+        return extents is not None
 
     def zero(
         self,

@@ -155,6 +155,19 @@ class Link:
             done += count
         return written
 
+    def share(self, other: Storage, at: int, offset: int, length: int) -> list[WritableExtent] | None:
+        """Make bytes of a file those of a range without copying them: the extents, or None if that can't be.
+
+        Then some of the range may hold those bytes all the same.
+        """
+        shared = []
+        for extent, _start, within, count in self._writable_parts(offset, length):
+            if not extent.share(other, at, within, count):
+                return None
+            shared.append(extent)
+            at += count
+        return shared
+
     def zero(
         self, offset: int, length: int, below: Below | None, *, may_trim: bool
     ) -> Iterator[WritableExtent]:

@@ -116,6 +116,13 @@ class WritableExtent(Extent):
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
 
+    def share(self, other: Storage, at: int, offset: int, length: int) -> bool:
+        """Make bytes of ``other`` from ``at`` on those at ``offset`` without copying them; see Storage.
+
+        False where that can't be, or is not for this kind.
+        """
+        return False
+
     @abstractmethod
     def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
         """Make a range read as zeros; ``may_trim`` allows giving its space back."""

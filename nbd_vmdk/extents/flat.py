@@ -34,6 +34,13 @@ class FlatExtent(WritableExtent):
         self.storage.write(buf, self.start + offset)
         self.touched = True
 
+    def share(self, other: Storage, at: int, offset: int, length: int) -> bool:
+        """See WritableExtent."""
+        if not self.storage.share(other, at, length, self.start + offset):
+            return False
+        self.touched = True
+        return True
+
     def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
         """See WritableExtent."""
         (self.storage.punch if may_trim else self.storage.zero)(self.start + offset, length)

@@ -26,7 +26,7 @@ from nbd_vmdk.ondisk.descriptor import FRESH_CID, MAX_DESCRIPTOR, NO_PARENT, Des
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ops.copy import Copied, Progress, Rest, Sink, Source, copy, default_threads
 from nbd_vmdk.ops.create import Created, create_image
-from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource
+from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource, sharing
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.newfiles import NewFiles
@@ -109,7 +109,14 @@ def write_raw(source: Source, path: str, work: Work) -> Made:
             storage.write_behind = True
             storage.truncate(source.size)
             sink = StorageSink(storage, fresh=True)
-            copied = copy(source, sink, zero_grain=HOLE_GRAIN, threads=work.threads, progress=work.progress)
+            copied = copy(
+                source,
+                sink,
+                zero_grain=HOLE_GRAIN,
+                threads=work.threads,
+                share=sharing(source, sink),
+                progress=work.progress,
+            )
             if work.verify:
                 compare(source, StorageSource(storage), path, work)
         return Made(copied, new.publish(main=name))
@@ -173,7 +180,9 @@ def write_image(
         there = new.path(name)
         padded = source if source.size % SECTOR == 0 else Padded(source)
         created = create_image(there, padded.size, durable=False, **create)
-        copied = fill_image(padded, there, path, work)
+        # Who has space reserved wants it for this image alone.
+        may_share = create.get("preallocation") in (None, "off")
+        copied = fill_image(padded, there, path, work, may_share=may_share)
         if cid is not None:
             set_cid(there, cid, path)
         if work.verify:
@@ -182,8 +191,11 @@ def write_image(
         return Made(copied, new.publish(main=name), created)
 
 
-def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
-    """Fill the new, empty image ``there`` with the bytes of ``source``."""
+def fill_image(source: Source, there: str, label: str, work: Work, *, may_share: bool = False) -> Copied:
+    """Fill the new, empty image ``there`` with the bytes of ``source``.
+
+    ``may_share`` lets it have blocks of the file system in common with the source.
+    """
     with closing(_open_file(there, label)) as storage:
         storage.write_behind = True
         head = storage.read(0, min(SECTOR, storage.size))
@@ -195,7 +207,7 @@ def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
     with open_disk(there, writable=True, locks=False) as disk:
         for extent in disk.links[0].storages:
             extent.write_behind = True
-        return _fill_disk(source, disk, work)
+        return _fill_disk(source, disk, work, may_share=may_share)
 
 
 def with_new_cid(head: bytes, header: HostedHeader, label: str) -> bytes:
@@ -246,15 +258,17 @@ def fill_stream(source: Source, storage: Storage, header: HostedHeader, work: Wo
     return copied
 
 
-def _fill_disk(source: Source, disk: Disk, work: Work) -> Copied:
+def _fill_disk(source: Source, disk: Disk, work: Work, *, may_share: bool) -> Copied:
+    sink = DiskSink(disk, fresh=True)
     # Whole grains: a part of one would be filled up with zeros by a write of its own.
     grain = max(disk.links[0].grain, 1)
     return copy(
         source,
-        DiskSink(disk, fresh=True),
+        sink,
         grain=grain,
         zero_grain=max(grain, HOLE_GRAIN),
         threads=work.threads,
+        share=sharing(source, sink) if may_share else None,
         progress=work.progress,
     )
 

@@ -6,9 +6,10 @@ ranges (its runs) and reads; a sink is told zeros and written to.  The loop::
     runs of the source -> cut and gathered into items of at most a chunk of data -> workers
 
 A worker takes the next item, reads all its data into a buffer of its own, looks for zeros in it if that was
-asked for, and hands the rest to the sink.  Items are taken in the order of the disk and done in any order.  A
-sink that must append in order (streamOptimized) does what it can at once, deflating, and returns the rest as
-a function, which is called when all that lies before it has been done.
+asked for, and hands the rest to the sink.  Where both are files of one file system that lets files share
+blocks, it reads nothing and has the sink share them.  Items are taken in the order of the disk and done in
+any order.  A sink that must append in order (streamOptimized) does what it can at once, deflating, and gives
+the rest back as a function, which is called when all that lies before it has been done.
 
 Memory is a chunk for each worker, whatever the size of the disk, and what a sink keeps of it until its
 turn.  The first error stops everybody and is raised; so does an interrupt, after the items at work.
@@ -42,6 +43,8 @@ _TELL_EVERY: Final = 0.1
 
 #: Told bytes of the disk that are done, and how many there are; called in the thread that called copy().
 Progress = Callable[[int, int], None]
+#: Told a range of data, makes it the sink's without copying; how many bytes of it, from its beginning, were.
+Share = Callable[[int, int], int]
 #: What must be done in the order of the disk.
 Rest = Callable[[], None]
 
@@ -78,7 +81,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What a copy did, in bytes: ``data`` was written, ``zeros`` known or found, ``holes`` left alone."""
+    """What a copy did, in bytes: ``data`` written or shared, ``zeros`` known or found, ``holes`` left."""
 
     data: int
     zeros: int
@@ -111,17 +114,20 @@ def copy(
     grain: int = 1,
     zero_grain: int = 0,
     threads: int | None = None,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> Copied:
     """Copy a range (to the end by default) of ``source`` to the same place of ``sink``.
 
     With ``grain`` the sink is written whole grains only, cut at the source's end: zeros around data are
     read along with it (a source that has HOLEs must be copied without).  With ``zero_grain``, a multiple of
-    ``grain``, pieces of that size of the data that are all zeros are told to the sink as zeros.  Raises the
-    first error of source, sink or ``progress``; an interrupt is raised once the items at work are done.
+    ``grain``, pieces of that size of the data that are all zeros are told to the sink as zeros; not so of
+    what ``share`` takes, which is not read.  Raises the first error of source, sink or ``progress``; an
+    interrupt is raised once the items at work are done.
     """
     end = source.size if length is None else offset + length
-    return _Copier(source, sink, offset, end, grain, zero_grain, progress).run(threads or default_threads())
+    copier = _Copier(source, sink, offset, end, grain, zero_grain, share, progress)
+    return copier.run(threads or default_threads())
 
 
 class _Copier:
@@ -135,12 +141,14 @@ class _Copier:
         end: int,
         grain: int,
         zero_grain: int,
+        share: Share | None,
         progress: Progress | None,
     ) -> None:
         self._source = source
         self._sink = sink
         self._start, self._end = offset, end
         self._zero_grain = zero_grain
+        self._share = share
         self._chunk = align_up(CHUNK, max(grain, zero_grain, 1))
         self._zeros = memoryview(bytes(self._chunk))
         self._progress = progress
@@ -206,6 +214,12 @@ class _Copier:
         if part.kind is Kind.HOLE:
             self._count(Kind.HOLE, part.length)
             return
+        if self._share is not None and part.kind is not Kind.ZERO:
+            shared = self._share(part.offset, part.length)
+            self._count(Kind.DATA, shared)
+            part = _Part(part.offset + shared, part.length - shared, part.kind)
+            if not part.length:
+                return
         pieces: Iterable[_Part] = (part,)
         if part.kind is not Kind.ZERO:
             with memoryview(buf) as view:

@@ -2,16 +2,62 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Difference
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.ops.copy import Source
+from nbd_vmdk.ops.copy import Share, Sink, Source
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB
 
 _NOTHING = (Kind.HOLE, Kind.ZERO)
 _ZEROS = bytes(MIB)
+
+
+#: A file that has bytes as they are, where in it, and how many of them.
+Place = tuple[Storage, int, int]
+
+
+@runtime_checkable
+class Placed(Source, Protocol):
+    """A source whose data may lie in files as it is."""
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """Where the data at ``offset`` is, or the beginning of it; None if no file has it like that."""
+
+
+class Sharing(Sink, Protocol):
+    """A new sink that may take its data from files without copying it."""
+
+    def share(self, place: Place, offset: int) -> bool:
+        """Have what is in that place at ``offset`` as well; False where it must be written."""
+
+
+def sharing(source: Source, sink: Sharing) -> Share | None:
+    """What shares data between these two, for :func:`copy`: reflinks, as XFS and btrfs have them.
+
+    A file system shares whole blocks, so that grains at odd places are copied.  None is tried after the first
+    that can't be shared, as others hardly can, unless some could before.
+    """
+    if not isinstance(source, Placed):
+        return None
+    placed = source
+    given_up = has_shared = False
+
+    def share(offset: int, length: int) -> int:
+        nonlocal given_up, has_shared
+        done = 0
+        while done < length and not given_up:
+            place = placed.place(offset + done, length - done)
+            if place is None or not sink.share(place, offset + done):
+                given_up = place is not None and not has_shared
+                break
+            has_shared = True
+            done += place[2]
+        return done
+
+    return share
 
 
 class DiskSource:
@@ -21,6 +67,10 @@ class DiskSource:
         self._disk = disk
         self.size = disk.size
         self.read_into = disk.read_into
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """See Placed."""
+        return self._disk.place(offset, length)
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[Kind, int]]:
         """See Source; lost ranges count as data, so that reading them raises."""
@@ -34,6 +84,11 @@ class DiskSink:
     def __init__(self, disk: Disk, *, fresh: bool) -> None:
         self._disk = disk
         self._fresh = fresh
+
+    def share(self, place: Place, offset: int) -> bool:
+        """See Sharing."""
+        storage, at, length = place
+        return self._disk.share(storage, at, length, offset)
 
     def write(self, buf: memoryview, offset: int) -> None:
         """See Sink."""
@@ -53,6 +108,10 @@ class StorageSource:
         self.size = storage.size
         self.read_into = storage.read_into
 
+    def place(self, offset: int, length: int) -> Place | None:
+        """See Placed."""
+        return self._storage, offset, length
+
     def runs(self, offset: int, length: int) -> Iterator[tuple[Kind, int]]:
         """See Source."""
         for count, is_data in self._storage.segments(offset, length):
@@ -70,6 +129,11 @@ class StorageSink:
         self._storage = storage
         self._fresh = fresh
         self._zero = storage.punch if punch else storage.zero
+
+    def share(self, place: Place, offset: int) -> bool:
+        """See Sharing."""
+        storage, at, length = place
+        return self._storage.share(storage, at, length, offset)
 
     def write(self, buf: memoryview, offset: int) -> None:
         """See Sink."""

@@ -67,6 +67,14 @@ class Storage(ABC):
         """
         raise WriteRefused(self.name, why="it is open for reading only")
 
+    def share(self, other: "Storage", at: int, length: int, to: int) -> bool:
+        """Make ``length`` bytes from ``at`` of ``other`` lie at ``to`` without copying them.
+
+        Both files have the same blocks then, until one of them is written to.  False where that can't be, as
+        on most file systems; then nothing has changed, and copying will tell of errors.
+        """
+        return False
+
     def zeroes_fast(self, *, punch: bool) -> bool:
         """Whether zeroing, or punching, costs no writing of zeros, as far as is known.
 

@@ -9,9 +9,11 @@ moved about by ``segments`` alone.
 
 import ctypes
 import errno
+import fcntl
 import functools
 import os
 import resource
+import struct
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -23,6 +25,10 @@ from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
 _ZERO_RANGE = 0x10
+
+#: ioctl_ficlonerange(2): blocks of one file become another's, too.
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")
 
 #: The file system has no such call at all: it is not asked a second time.
 _NEVER = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY})
@@ -159,6 +165,15 @@ class LocalFile(Storage):
             super().punch(at, length)
         if not self._fallocate(_PUNCH_HOLE, at, length):
             self._write_zeros(at, min(length, self.size - at))
+
+    def share(self, other: Storage, at: int, length: int, to: int) -> bool:
+        if not isinstance(other, LocalFile) or self.is_device or not self.writable:
+            return False
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE_RANGE.pack(other._fd, at, length, to))  # noqa: SLF001  of its class
+        except (OSError, struct.error):
+            return False
+        return True
 
     def zeroes_fast(self, *, punch: bool) -> bool:
         """See Storage: the first time it is tried out, on a new file without a name in the same folder.

@@ -147,6 +147,31 @@ def test_whole_grains(row: list[Kind], tail: int, grain: int, detect: bool) -> N
         assert length % grain == 0 or offset + length == source.size
 
 
+@settings(max_examples=60, deadline=None)
+@given(kinds, st.integers(0, UNIT - 1), st.sampled_from([0, UNIT, 4 * UNIT]), st.integers(1, 4))
+def test_what_is_shared_is_not_written(row: list[Kind], tail: int, zero_grain: int, part: int) -> None:
+    """Of each range a part is taken, at times nothing, and told once like all the others."""
+    source = Runs(row, tail if row else 0)
+    sink = Memory(source.size)
+    shared: list[int] = []
+
+    def share(offset: int, length: int) -> int:
+        count = length // part if offset // UNIT % 3 else 0
+        sink._put(offset, source.data[offset : offset + count])
+        shared.append(count)
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "CHUNK", 4 * UNIT)
+        copied = copy(source, sink, zero_grain=zero_grain, threads=2, share=share)
+    for at in range(source.size):
+        assert sink.told[at] == (row[at // UNIT] is not Kind.HOLE)
+        if sink.told[at]:
+            assert sink.data[at] == source.data[at]
+    assert copied.data == sum(shared) + sum(length for _, length in sink.writes)
+    assert copied.data + copied.zeros + copied.holes == source.size
+
+
 def test_a_range() -> None:
     source = Runs([Kind.DATA] * 64)
     sink = Memory(source.size)

@@ -9,7 +9,7 @@ from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ops.convert import new_file
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.rewrite import DescriptorFile, is_embedded, real_path
-from nbd_vmdk.ops.sides import StorageSink, StorageSource
+from nbd_vmdk.ops.sides import StorageSink, StorageSource, sharing
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.newfiles import NewFiles, dress
 
@@ -48,7 +48,8 @@ class Copier:
         made = new_file(there, there)
         try:
             made.truncate(storage.size)
-            copy(StorageSource(storage), StorageSink(made, fresh=True), progress=self._told)
+            source, sink = StorageSource(storage), StorageSink(made, fresh=True)
+            copy(source, sink, share=sharing(source, sink), progress=self._told)
             self._done += storage.size
             if descriptor is not None:
                 DescriptorFile(made).replace(descriptor)
