@@ -29,8 +29,9 @@ def clone(
 ) -> int:
     """Copy the image SOURCE and all its parents to TARGET, each link as it is, holes kept.
 
-    The copies stand in one folder and know each other by their new names; the top link's is printed.  To put
-    a chain together into one image, convert it.
+    The copies stand in one folder and know each other by their new names; the top link's is printed.  Where a
+    file system lets files share blocks, as XFS and btrfs do, they share those of SOURCE.  To put a chain
+    together into one image, convert it.
     """
     options: dict[str, Any] = {"allow_dirs": allow_dirs}
     if linked:

@@ -120,7 +120,8 @@ def convert(
     SRC is a VMDK, an appliance or a machine with one disk (app.ova:disk1.vmdk is one of several), a raw file,
     a block device or an NBD URI; DST a new VMDK, OVA or raw file, a block device or an NBD URI.  Zeros stay
     unallocated.  DST appears when it is whole, or not at all; a device or an export is written in place, and
-    what is on it behind the end of SRC stays.
+    what is on it behind the end of SRC stays.  Where a file system lets files share blocks, as XFS and btrfs
+    do, a raw or flat DST beside SRC shares those of SRC, and takes no time and no space.
 
     What SRC is its name tells, not its content, which may be a guest's: a file is opened as a VMDK only if it
     is called .vmdk, or leads to one, as a folder, a .vmx, .vmsd, .ovf or .ova does; a device or an export is
