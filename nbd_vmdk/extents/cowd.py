@@ -17,8 +17,8 @@ from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import Truncated
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.extents.sparse import WritableSparseExtent
 from nbd_vmdk.extents.tables import GrainTables
+from nbd_vmdk.extents.writing import WritableSparseExtent
 from nbd_vmdk.ondisk.cowd import ENTRIES_PER_TABLE, FREE_SECTOR_AT, MAX_END, UNCLEAN_AT, CowdHeader
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR

@@ -7,8 +7,8 @@ from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import Truncated
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.extents.sparse import WritableSparseExtent
 from nbd_vmdk.extents.tables import GrainTables
+from nbd_vmdk.extents.writing import WritableSparseExtent
 from nbd_vmdk.ondisk.hosted import MAX_DESCRIPTOR, MAX_GRAIN_AT, UNCLEAN_AT, HostedHeader, check_directory
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage

@@ -10,7 +10,7 @@ from unittest.mock import patch
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.extents.cowd import CowdExtent
-from nbd_vmdk.extents.sparse import WritableSparseExtent
+from nbd_vmdk.extents.writing import WritableSparseExtent
 from nbd_vmdk.pages import DirtyPage, Pages
 from nbd_vmdk.storage.base import Storage
 

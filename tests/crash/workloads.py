@@ -182,7 +182,7 @@ def small(rng: random.Random) -> Iterator[None]:
         "commit._MIN_SHARE": bound,
         "alloc._STEP_GRAINS": rng.choice((1, 3, 8)),
         "extents.tables._DIRECTORY_PAGE": rng.choice((16, 4 * KIB)),
-        "extents.sparse._PIECE": rng.choice((KIB, 1 << 20)),
+        "extents.writing._PIECE": rng.choice((KIB, 1 << 20)),
         "link._STEP": 8 * KIB,
         # The tables of COWD always have 4096 entries; so many would hold the whole image.
         "ondisk.cowd.ENTRIES_PER_TABLE": COWD_ENTRIES,

@@ -1,0 +1,332 @@
+"""Writing through grain tables: new grains, copy-on-write, zeroing and trimming, the same for all kinds.
+
+Threads: whoever changes a table entry holds the lock of its table from looking at it until the entry is set,
+so two writers of one new grain are serialised; the entry is set after the grain's bytes are in the file.
+Overwriting a grain takes no lock.
+
+What is not done here: an entry is set in memory only; commit.py brings it to disk.
+"""
+
+import threading
+from array import array
+from collections.abc import Iterator
+from typing import Final
+
+from nbd_vmdk.alloc import Allocator
+from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.extents.base import Below, Kind, WritableExtent
+from nbd_vmdk.extents.sparse import SparseExtent
+from nbd_vmdk.extents.tables import GrainTables
+from nbd_vmdk.pages import Pages
+from nbd_vmdk.units import MIB, SECTOR
+
+#: Looking a member of an enum up takes as long as a step of arithmetic, and each request does it.
+_DATA: Final = Kind.DATA
+#: Copy-on-write of grains larger than this goes piece by piece.
+_PIECE = MIB
+#: Memory that a freed grain occupies until its blocks are given back, roughly.
+_FREED_COST = 160
+
+
+class WritableSparseExtent(SparseExtent, WritableExtent):
+    """A sparse extent whose tables may be changed, of a kind with 32-bit entries.
+
+    A subclass calls :meth:`enable_writing` where its file is open for that.
+    """
+
+    tables: tuple[Pages, ...] = ()
+
+    def enable_writing(
+        self, places: GrainTables, allocator: Allocator, *, unclean_at: int, was_unclean: bool
+    ) -> None:
+        """Make the extent writable.
+
+        ``unclean_at`` is the byte that says that the file is being written; ``was_unclean``: it says so now.
+        """
+        self._places = places
+        self._allocator = allocator
+        # Directories come after the tables that they name.
+        self.tables = (self._tables, *places.directories)
+        self._freed: list[int] = []
+        self._unclean_at = unclean_at
+        self._was_unclean = was_unclean
+        self._announced = False
+        self._announce_lock = threading.Lock()
+        self.writable = True
+
+    def _create_table(self, number: int, content: bytes = b"") -> None:
+        """Give table ``number`` a place wherever a directory names none; its lock is held by the caller."""
+        directories = self._places.lacking(number)
+        places = self._places.reserve(directories, self._allocator)
+        if content:
+            for at in places:
+                self.storage.write(content, at)
+        self.touched = True  # what is behind a directory's entry must be durable before the entry
+        self._places.enter(number, directories, places)
+
+    def announce(self) -> None:
+        """See WritableExtent: set the unclean flag."""
+        with self._announce_lock:
+            if not self._announced:
+                self.storage.write(b"\x01", self._unclean_at)
+                self.touched = self._announced = True
+
+    def finish(self) -> None:
+        """See WritableExtent: cut the tail off, clear the unclean flag.
+
+        A flag that an earlier crash left is not ours to clear.
+        """
+        self._allocator.trim_tail()
+        with self._announce_lock:
+            if self._announced and not self._was_unclean:
+                self.storage.write(b"\x00", self._unclean_at)
+                self.storage.sync()
+                self._announced = False
+
+    @property
+    def held(self) -> int:
+        """See WritableExtent."""
+        total = len(self._freed) * _FREED_COST
+        for pages in self.tables:
+            total += len(pages.pinned) * pages.pinned_cost
+        return total
+
+    def take_freed(self) -> list[int]:
+        """See WritableExtent."""
+        freed = self._freed
+        taken = freed[:]
+        del freed[: len(taken)]
+        return taken
+
+    def release(self, positions: list[int]) -> None:
+        """See WritableExtent: neighbours are given back in one piece."""
+        positions = sorted(positions)
+        first = 0
+        for index, at in enumerate(positions, 1):
+            if index == len(positions) or positions[index] != at + self.grain:
+                start, length = positions[first], (index - first) * self.grain
+                self.storage.punch(start, length)
+                self._allocator.give_back(start, length)
+                first = index
+
+    def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        """See WritableExtent."""
+        ticket = self._allocator.ticket()
+        try:
+            self._write(buf, offset, below)
+        finally:
+            self._allocator.writing.discard(ticket)
+
+    def _write(self, buf: memoryview, offset: int, below: Below | None) -> None:
+        length = len(buf)
+        done = 0
+        while done < length:
+            kind, count, _source, at = self.map(offset + done, length - done)
+            piece = buf if count == length else buf[done : done + count]
+            if kind is _DATA:
+                if at + count > self._allocator.end:
+                    # The file was cut off. Writing there would make it longer behind the allocator's back.
+                    index = (offset + done) // self.grain
+                    raise self._bad_entry(at // SECTOR, index, "points beyond the end of the file")
+                self.storage.write(piece, at)
+                self.touched = True
+            else:
+                count = self._fill(piece, offset + done, below)
+            done += count
+
+    def _fill(self, buf: memoryview, offset: int, below: Below | None) -> int:
+        """Write to grains without space, all in one table; how many bytes, 0 if another writer came first."""
+        grain = self.grain
+        index = offset // grain
+        within = offset - index * grain
+        number, slot = divmod(index, self._entries)
+        with self._tables.lock(number):
+            # A table that is changed already was made ready for it then.
+            table = self._pinned.get(number) or self._table_for_change(number)
+            entry = table[slot]
+            if entry >= self._lowest:
+                return 0
+            kind, _at = self._decode(entry, index)
+            if kind is _DATA:
+                return 0
+            grains = 1
+            count = len(buf)
+            if within or count < grain:
+                count = min(grain - within, count)
+            else:
+                while (grains + 1) * grain <= len(buf) and self._decode_slot(
+                    table, slot + grains, index + grains
+                )[0] is not _DATA:
+                    grains += 1
+                count = grains * grain
+            piece = buf if count == len(buf) else buf[:count]
+            at = self._allocator.take_grains(grains)
+            try:
+                if count % grain:
+                    self._write_partial(piece, within, at, index, below if kind is Kind.HOLE else None)
+                else:
+                    self.storage.write(piece, at)
+            except VmdkError:
+                # No table names the space yet; what did get written there is released with the next commit.
+                self._freed += range(at, at + grains * grain, grain)
+                raise
+            self.touched = True
+            table = self._tables.pin(number)
+            table[slot] = at // SECTOR
+            for i in range(1, grains):
+                table[slot + i] = (at + i * grain) // SECTOR
+            self._tables.mark_dirty(number)
+        return count
+
+    def _table_for_change(self, number: int) -> "array[int]":
+        """The table to look at before changing it, made if it does not exist; its lock is held.
+
+        It is pinned only after all that can fail.
+        """
+        table = self._tables.load(number)
+        if table is None:
+            self._create_table(number)
+            table = self._tables.create(number)
+        return table
+
+    def _decode_slot(self, table: "array[int]", slot: int, index: int) -> tuple[Kind, int]:
+        entry = table[slot]
+        return (Kind.DATA, entry * SECTOR) if entry >= self._lowest else self._decode(entry, index)
+
+    def _write_partial(self, buf: memoryview, within: int, at: int, index: int, below: Below | None) -> None:
+        """Fill a new grain: ``buf`` at ``within``, the rest from below; new space is zeros already."""
+        if below is None:
+            self.storage.write(buf, at + within)
+            return
+        start = index * self.grain
+        end = within + len(buf)
+        # The last grain may reach past the extent's end; what is there stays zeros.
+        stop = min(self.grain, self.size - start)
+        if self.grain <= _PIECE:
+            whole = memoryview(bytearray(stop))
+            if within:
+                below(whole[:within], start)
+            whole[within:end] = buf
+            if end < stop:
+                below(whole[end:], start + end)
+            self.storage.write(whole, at)
+        else:
+            self._copy_below(below, start, at, 0, within)
+            self.storage.write(buf, at + within)
+            self._copy_below(below, start, at, end, stop)
+
+    def _copy_below(self, below: Below, start: int, at: int, first: int, last: int) -> None:
+        for begin in range(first, last, _PIECE):
+            piece = bytearray(min(_PIECE, last - begin))
+            below(memoryview(piece), start + begin)
+            if piece.count(0) != len(piece):
+                self.storage.write(piece, at + begin)
+
+    def must_write_zeros(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """See WritableExtent."""
+        return any(
+            self._needs_writing(*piece, below, may_trim=may_trim)
+            for piece in self._pieces(offset, length, below)
+        )
+
+    def zero(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> None:
+        """See WritableExtent.
+
+        Whole grains lose their space if they may and if an entry can say "zeros" here; a grain that keeps its
+        space is zeroed in the file, which file systems do without writing.  Only a grain that must be
+        made to hide the parent costs data writes.
+        """
+        for start, count in self._pieces(offset, length, below):
+            if not self._zero_piece(start, count, below, may_trim=may_trim):
+                for begin in range(start, start + count, _PIECE):
+                    self.write(memoryview(bytes(min(_PIECE, start + count - begin))), begin, below)
+
+    def trim(self, offset: int, length: int, below: Below | None) -> None:
+        """See WritableExtent.
+
+        Whole grains lose their space if an entry can say "zeros" here; else a grain stays and the blocks
+        inside go back to the file system.  Over the parent's bytes that no entry can hide, nothing happens.
+        """
+        for start, count in self._pieces(offset, length, below):
+            self._zero_piece(start, count, below, may_trim=True)
+
+    def _pieces(self, offset: int, length: int, below: Below | None) -> Iterator[tuple[int, int]]:
+        """Split a range into parts of a grain and rows of whole ones, without what reads as zeros already.
+
+        A row lies in one table, and its grains were of one kind when they were looked at.
+        """
+        grain = self.grain
+        end = offset + length
+        while offset < end:
+            kind, count, _source, _at = self.map(offset, end - offset)
+            stop = offset + count
+            if kind is Kind.ZERO or (kind is Kind.HOLE and below is None):
+                offset = stop
+            while offset < stop:
+                edge = stop if stop == self.size else stop - stop % grain
+                if offset % grain or edge <= offset:
+                    edge = min(stop, (offset // grain + 1) * grain)
+                yield offset, edge - offset
+                offset = edge
+
+    def _is_whole(self, offset: int, length: int) -> bool:
+        return offset % self.grain == 0 and (length % self.grain == 0 or offset + length == self.size)
+
+    def _needs_writing(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Zeroing this part of a grain means writing zeros.
+
+        The parent shows and no entry can hide it, or the grain is kept and the file system can't zero it.
+        """
+        has_entry = self._is_whole(offset, length) and (below is None or self.zero_entry is not None)
+        if self.map(offset, length)[0] is Kind.DATA:
+            return not (has_entry and may_trim) and not self.storage.zeroes_fast(punch=may_trim)
+        return not has_entry and below is not None
+
+    def _zero_piece(self, offset: int, length: int, below: Below | None, *, may_trim: bool) -> bool:
+        """Zero a part of a grain, or a row of whole ones, without writing data.
+
+        False where that can't be; grains of its own are then zeros all the same.
+        """
+        index = offset // self.grain
+        number, slot = divmod(index, self._entries)
+        grains = -(-(offset % self.grain + length) // self.grain)
+        entry = self.zero_entry if below is not None else 0
+        if not self._is_whole(offset, length):
+            entry = None
+        with self._tables.lock(number):
+            table = self._tables.load(number)
+            if table is None and below is None:
+                return True
+            # What must change: grains in the file by their places, and those that nothing is there of.
+            places, holes = [], []
+            for i in range(grains):
+                kind, at = (Kind.HOLE, 0) if table is None else self._decode_slot(table, slot + i, index + i)
+                if kind is Kind.DATA:
+                    places.append((i, at))
+                elif kind is Kind.HOLE and below is not None:
+                    holes.append(i)
+            if entry is None or not may_trim:
+                self._zero_places(places, offset, length, may_trim=may_trim)
+                places = []
+            if entry is not None and (places or holes):
+                self._table_for_change(number)
+                table = self._tables.pin(number)
+                for i in (*holes, *(i for i, _at in places)):
+                    table[slot + i] = entry
+                self._tables.mark_dirty(number)
+                self._freed += [at for _i, at in places]
+            return entry is not None or not holes
+
+    def _zero_places(
+        self, places: list[tuple[int, int]], offset: int, length: int, *, may_trim: bool
+    ) -> None:
+        """Zero grains where they are, or a part of one; neighbours in one call."""
+        within = offset % self.grain
+        first = 0
+        for last, (number, at) in enumerate(places, 1):
+            if last == len(places) or places[last][1] != at + self.grain:
+                begin = places[first][1] + within
+                end = at + min(self.grain, within + length - number * self.grain)
+                (self.storage.punch if may_trim else self.storage.zero)(begin, end - begin)
+                self.touched = True
+                first = last
