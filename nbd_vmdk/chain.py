@@ -20,7 +20,7 @@ from nbd_vmdk.errors import (
     WriteRefused,
 )
 from nbd_vmdk.link import Link
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.look import descriptors_in, read_descriptor
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, is_absolute, last_component, windows_to_posix
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.options import OpenOptions
@@ -29,8 +29,6 @@ from nbd_vmdk.vm import locate
 
 #: VMware allows 32 snapshots; linked clones of clones add to that.
 MAX_LINKS = 128
-#: Files looked at when links that name one as their parent, or lost parents, are searched in a folder.
-_MAX_SIBLINGS = 1000
 
 
 def open_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) -> list[Link]:
@@ -142,7 +140,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
         _check_cid(child, descriptor, parent, options)
         return parent
     cid = f"{descriptor.parent_cid:08x}"
-    found = [sibling for sibling, other in _siblings(child.folder) if other.cid == descriptor.parent_cid]
+    found = [sibling for sibling, other in descriptors_in(child.folder) if other.cid == descriptor.parent_cid]
     if found:
         where = child.folder.label(found[0])
         raise ParentNotFound(
@@ -197,15 +195,6 @@ def _check_cid(child: Link, descriptor: Descriptor, parent: Link, options: OpenO
     child.warnings.append(str(mismatch))
 
 
-def _siblings(folder: Folder) -> Iterator[tuple[str, Descriptor]]:
-    """The links in a folder, by name."""
-    names = [name for name in folder.names() if name.lower().endswith(".vmdk")]
-    for name in names[:_MAX_SIBLINGS]:
-        descriptor = read_descriptor(folder, name)
-        if descriptor is not None:
-            yield name, descriptor
-
-
 def _protect(folder: Folder, name: str, top: Link, options: OpenOptions) -> None:
     """Refuse to write where that would make something else wrong."""
     descriptor = top.descriptor
@@ -232,7 +221,7 @@ def _protect(folder: Folder, name: str, top: Link, options: OpenOptions) -> None
 def find_child(folder: Folder, name: str, cid: int) -> str | None:
     """A link in ``folder`` whose parent is the link ``name`` with this content ID, None if there is none."""
     own = last_component(name)
-    for sibling, other in _siblings(folder):
+    for sibling, other in descriptors_in(folder):
         if (
             sibling != own
             and other.has_parent

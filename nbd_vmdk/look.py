@@ -1,4 +1,4 @@
-"""A first look at files that may be links: the descriptor that one has, the names that it may mean.
+"""A first look at files that may be links: which there are, what describes them, what names may mean.
 
 Nothing here opens a disk: that is opener.py's work, which begins with what is found here.
 """
@@ -22,8 +22,6 @@ from nbd_vmdk.units import SECTOR
 
 #: What is put behind a disk's name to name its extents.
 EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)", re.IGNORECASE)
-#: Descriptors looked at when the one that names an extent is searched.
-_MAX_SIBLINGS = 1000
 
 
 def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
@@ -61,6 +59,26 @@ def read_descriptor(folder: Folder, name: str) -> Descriptor | None:
         storage.close()
 
 
+def vmdk_names(folder: Folder) -> list[str]:
+    """The names in a folder that may be links', in the order in which to look: those like extents' come last.
+
+    A split disk of some TiB has a thousand extents, and one small file that tells of them.
+    """
+    names = [name for name in folder.names() if name.lower().endswith(".vmdk")]
+    return sorted(names, key=lambda name: EXTENT_SUFFIX.search(name) is not None)
+
+
+def descriptors_in(folder: Folder) -> Iterator[tuple[str, Descriptor]]:
+    """The links in a folder, by name.
+
+    However many they are: a child that is not looked at would not protect its parent.
+    """
+    for name in vmdk_names(folder):
+        descriptor = read_descriptor(folder, name)
+        if descriptor is not None:
+            yield name, descriptor
+
+
 def spellings(name: str) -> Iterator[str]:
     """How a name may be meant: as written, with slashes turned, or, if it is absolute, beside."""
     yield name
@@ -73,11 +91,8 @@ def spellings(name: str) -> Iterator[str]:
 def find_owner(folder: Folder, name: str) -> str | None:
     """The descriptor in ``folder`` that names ``name`` as one of its extents, or None."""
     guess = EXTENT_SUFFIX.sub("", name)
-    siblings = [
-        sibling for sibling in folder.names() if sibling.lower().endswith(".vmdk") and sibling != name
-    ]
-    siblings.sort(key=lambda sibling: sibling != guess)
-    for sibling in siblings[:_MAX_SIBLINGS]:
+    siblings = [sibling for sibling in vmdk_names(folder) if sibling != name]
+    for sibling in sorted(siblings, key=lambda sibling: sibling != guess):
         descriptor = read_descriptor(folder, sibling)
         if (
             descriptor is not None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from nbd_vmdk.errors import NotVmdk, OptionError, VmdkError
+from nbd_vmdk.look import vmdk_names
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -155,9 +156,9 @@ def _several(folder: Folder, name: str, snapshot: str | None) -> tuple[list[Foun
 def _in_folder(folder: LocalFolder) -> list[FoundDisk]:
     from nbd_vmdk.vm.tops import find_tops
 
-    names = sorted(folder.names(), key=natural)
-    tops = find_tops(folder, [name for name in names if name.lower().endswith(".vmdk")])
+    tops = find_tops(folder, sorted(vmdk_names(folder), key=natural))
     if not tops:
+        names = sorted(folder.names(), key=natural)
         others = [name for name in names if name.lower().endswith((*_MACHINES, ".ova", ".ovf"))]
         hint = f"there is {folder.label(others[0])}: name that" if others else None
         raise NotVmdk(folder.name, what="a folder without a disk in it", hint=hint)

@@ -574,6 +574,15 @@ def test_parent_of_a_child_is_protected(tmp_path: Any) -> None:
     writable(base).close()
 
 
+def test_parent_is_protected_in_a_full_folder(tmp_path: Any) -> None:
+    base = hosted(tmp_path, "base")
+    hosted(tmp_path, "the-child", grains=0, parent=base)
+    for number in range(1100):  # extents of another disk of 2 TiB, and as many other files
+        (tmp_path / f"other-s{number:03}.vmdk").touch()
+        (tmp_path / f"another {number}.vmdk").touch()
+    assert "the-child.vmdk" in str(refused(base.path, WriteRefused, writable=True))
+
+
 def test_child_of_another_disk_protects_nothing(tmp_path: Any) -> None:
     other = hosted(tmp_path, "other")
     hosted(tmp_path, "child", grains=0, parent=other)
