@@ -5,6 +5,7 @@ Nothing here opens a disk: that is opener.py's work, which begins with what is f
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 
 from nbd_vmdk.errors import Truncated, VmdkError
 from nbd_vmdk.ondisk import hosted
@@ -24,6 +25,20 @@ from nbd_vmdk.units import SECTOR
 EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)", re.IGNORECASE)
 
 
+def head_of(storage: Storage) -> bytes:
+    """The first bytes of a file, as many as tell what it is."""
+    return storage.read(0, min(PROBE_LENGTH, storage.size))
+
+
+def kind_of(folder: Folder, name: str) -> FileKind | None:
+    """What a file in ``folder`` is; None if it can't be read."""
+    try:
+        with closing(folder.open(name)) as storage:
+            return identify(head_of(storage))
+    except VmdkError:
+        return None
+
+
 def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
     """The descriptor inside a hosted sparse extent, without its padding; empty if there is none.
 
@@ -41,22 +56,17 @@ def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
 def read_descriptor(folder: Folder, name: str) -> Descriptor | None:
     """The descriptor of a file in ``folder``, of its own or embedded; None if there is none to read."""
     try:
-        storage = folder.open(name)
+        with closing(folder.open(name)) as storage:
+            head = head_of(storage)
+            if head.startswith(hosted.MAGIC):
+                text = embedded_text(storage, hosted.parse_header(head, storage.name))
+            elif identify(head) is FileKind.DESCRIPTOR:
+                text = storage.read(0, min(storage.size, MAX_DESCRIPTOR))
+            else:
+                return None
+            return Descriptor.parse(text, storage.name) if text else None
     except VmdkError:
         return None
-    try:
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
-        if head.startswith(hosted.MAGIC):
-            text = embedded_text(storage, hosted.parse_header(head, storage.name))
-        elif identify(head) is FileKind.DESCRIPTOR:
-            text = storage.read(0, min(storage.size, MAX_DESCRIPTOR))
-        else:
-            return None
-        return Descriptor.parse(text, storage.name) if text else None
-    except VmdkError:
-        return None
-    finally:
-        storage.close()
 
 
 def vmdk_names(folder: Folder) -> list[str]:
@@ -108,13 +118,8 @@ def find_owner(folder: Folder, name: str) -> str | None:
 def _has_tables(folder: Folder, name: str) -> bool:
     """Whether a file is itself the only extent that its descriptor names, whatever it calls it."""
     try:
-        storage = folder.open(name)
+        with closing(folder.open(name)) as storage:
+            head = head_of(storage)
+            return head.startswith(hosted.MAGIC) and not hosted.parse_header(head, storage.name).is_wrapper
     except VmdkError:
         return False
-    try:
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
-        return head.startswith(hosted.MAGIC) and not hosted.parse_header(head, storage.name).is_wrapper
-    except VmdkError:
-        return False
-    finally:
-        storage.close()

@@ -30,7 +30,7 @@ from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
-from nbd_vmdk.look import EXTENT_SUFFIX, embedded_text, find_owner, spellings
+from nbd_vmdk.look import EXTENT_SUFFIX, embedded_text, find_owner, head_of, spellings
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import (
     MAX_DESCRIPTOR,
@@ -39,7 +39,7 @@ from nbd_vmdk.ondisk.descriptor import (
     is_absolute,
     last_component,
 )
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, describe_other, identify
+from nbd_vmdk.ondisk.probe import FileKind, describe_other, identify
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -137,7 +137,7 @@ def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, 
 
 def _open(opening: _Opening, name: str) -> Link:
     storage = opening.open(name)
-    head = storage.read(0, min(PROBE_LENGTH, storage.size))
+    head = head_of(storage)
     kind = identify(head)
     match kind:
         case FileKind.DESCRIPTOR:
@@ -383,7 +383,7 @@ def _open_sparse(opening: _Opening, name: str, *, size: int | None, line: Extent
         # Two writers of one file's tables would overwrite each other; and a short text could ask for many.
         raise FormatError(storage.name, why="two extents of the disk name it, and a file with tables is one")
     opening.tabled.add(storage.identity)
-    head = storage.read(0, min(PROBE_LENGTH, storage.size))
+    head = head_of(storage)
     kind = identify(head)
     if kind not in _SPARSE_KINDS:
         if kind is FileKind.UNFINISHED:

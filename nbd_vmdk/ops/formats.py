@@ -13,7 +13,8 @@ from contextlib import closing
 from typing import Final
 
 from nbd_vmdk.errors import NotVmdk
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, describe_other, identify
+from nbd_vmdk.look import head_of
+from nbd_vmdk.ondisk.probe import FileKind, describe_other, identify
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.vm import leads_to_disks
 
@@ -40,7 +41,7 @@ def guess_format(path: str | os.PathLike[str], *, raw_option: str, vmdk_option: 
     with closing(folder.open(name)) as storage:
         if storage.is_device:
             return RAW
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        head = head_of(storage)
     kind = identify(head)
     if kind is FileKind.EMPTY:
         return RAW

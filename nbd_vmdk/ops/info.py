@@ -18,9 +18,9 @@ from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import Link, occupied
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.look import head_of, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import MIB, SECTOR
@@ -180,7 +180,7 @@ def _of_file(folder: Folder, name: str) -> dict[str, Any]:
         return {}
     try:
         facts: dict[str, Any] = {"actual-size": storage.allocated}
-        kind = identify(storage.read(0, min(PROBE_LENGTH, storage.size)))
+        kind = identify(head_of(storage))
     except VmdkError:
         return {}
     finally:

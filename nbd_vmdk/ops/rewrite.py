@@ -19,10 +19,9 @@ from typing import Final, Self
 
 from nbd_vmdk.errors import StorageError, Truncated, VmdkError, WriteRefused
 from nbd_vmdk.link import Link
-from nbd_vmdk.look import embedded_text
+from nbd_vmdk.look import embedded_text, head_of
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import EMBEDDED_LIMIT, MAX_DESCRIPTOR, Descriptor
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.local import LocalFile
@@ -48,7 +47,7 @@ class DescriptorFile:
         """Take the descriptor in ``storage``, which its owner keeps open, writable and locked."""
         self._storage = storage
         self._owned: Storage | None = None
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        head = head_of(storage)
         self._header = hosted.parse_header(head, storage.name) if head.startswith(hosted.MAGIC) else None
         if self._header is None:
             text = storage.read(0, min(storage.size, MAX_DESCRIPTOR + 1))

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Sequence
 
 from nbd_vmdk.errors import NotVmdk, OptionError, VmdkError
-from nbd_vmdk.look import vmdk_names
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.look import kind_of, vmdk_names
+from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.vm.found import FoundDisk, alone, name_uniquely, natural, only_disk
@@ -136,18 +136,8 @@ def _several(folder: Folder, name: str, snapshot: str | None) -> tuple[list[Foun
         from nbd_vmdk.vm.package import disks_of_envelope
 
         return disks_of_envelope(folder, name), "an appliance"
-    try:
-        storage = folder.open(name)
-    except VmdkError:
-        return None  # opening it as an image says why
-    try:
-        is_archive = identify(storage.read(0, min(PROBE_LENGTH, storage.size))) is FileKind.TAR
-    except VmdkError:
-        return None
-    finally:
-        storage.close()
-    if not is_archive:
-        return None
+    if kind_of(folder, name) is not FileKind.TAR:
+        return None  # of what can't be read, opening it as an image says why
     from nbd_vmdk.vm.package import disks_in_archive
 
     return disks_in_archive(folder, name), "an archive"

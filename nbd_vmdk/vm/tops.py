@@ -7,10 +7,10 @@ left is a disk, or a file that somebody should know to be broken.
 
 from typing import Final
 
-from nbd_vmdk.errors import OptionError, VmdkError
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.errors import OptionError
+from nbd_vmdk.look import kind_of, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.storage.folder import Folder
 
 #: Links in one folder.  A datastore's folder has those of one machine: dozens.
@@ -32,7 +32,12 @@ def find_tops(folder: Folder, names: list[str]) -> list[str]:
         if link is not None:
             parts |= _extents(name, link)
             parts |= _parents(name, link, links)
-    return [name for name in names if name not in parts and not _holds_no_disk(folder, name, links[name])]
+    return [
+        name
+        for name in names
+        if name not in parts
+        and (links[name] is not None or kind_of(folder, name) is not FileKind.CHANGE_TRACKING)
+    ]
 
 
 def _extents(name: str, link: Descriptor) -> set[str]:
@@ -55,18 +60,3 @@ def _beside(name: str, other: str) -> str:
     """The name of the file that ``other`` leads to beside ``name``; archives have folders in their names."""
     folder, slash, _ = name.rpartition("/")
     return f"{folder}{slash}{last_component(other)}"
-
-
-def _holds_no_disk(folder: Folder, name: str, link: Descriptor | None) -> bool:
-    if link is not None:
-        return False
-    try:
-        storage = folder.open(name)
-    except VmdkError:
-        return False
-    try:
-        return identify(storage.read(0, min(PROBE_LENGTH, storage.size))) is FileKind.CHANGE_TRACKING
-    except VmdkError:
-        return False
-    finally:
-        storage.close()
