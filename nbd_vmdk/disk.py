@@ -7,7 +7,6 @@ status and the `map` command ask the same question, so they agree.
 Threads: any number may call anything.  Reading takes no lock.
 """
 
-import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,8 +27,6 @@ from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import KIB, MIB
 from nbd_vmdk.vm import FoundDisk, locate
-
-log = logging.getLogger("nbd_vmdk")
 
 _ZEROS = memoryview(bytes(MIB))
 #: Blocks that a client had best use: a grain, within what clients can live with.

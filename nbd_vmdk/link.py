@@ -4,7 +4,6 @@ A link knows nothing of its parent.  What it does not have it maps as HOLE; who 
 the next link (see disk.py).  Opening one is opener.py's work.
 """
 
-import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +17,6 @@ from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import GIB
-
-log = logging.getLogger("nbd_vmdk")
 
 #: Bytes that are zeroed or trimmed between two looks at what a commit would have to hold, a multiple of
 #: every grain; and grains, where they are small.

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbd_vmdk.attaching.jobs import Job, alone, find_job, run_folder, serve_command, start_job, wait_for
+from nbd_vmdk.attaching.jobs import alone, find_job, run_folder, serve_command, start_job, wait_for
 from nbd_vmdk.attaching.places import Place, place_of
 from nbd_vmdk.errors import DeviceError, InUse, OptionError, ServerError, StorageError
 from nbd_vmdk.units import SECTOR
@@ -211,11 +211,6 @@ def detach(device: str, *, kernel: Kernel | None = None) -> list[str]:
             why = f"the kernel has not let go of it in {_PATIENCE:g} s"
             raise DeviceError(path, why=why, hint=hint)
         return [] if job is None else job.finish()
-
-
-def job_of(device: str, kernel: Kernel | None = None) -> Job | None:
-    """What serves a device, if it was attached by us."""
-    return find_job((kernel or Kernel()).name_of(device))
 
 
 def _command(device: str, image: str, read_only: bool, connections: int, options: Sequence[str]) -> list[str]:
