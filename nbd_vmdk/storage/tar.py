@@ -56,22 +56,21 @@ class TarFolder(Folder):
     """The files of an archive, or those below a folder in it.
 
     ``members`` are all of them, in the archive's order.  Each is opened with an opening of the archive of
-    its own, by ``reopen``, and so lives and is locked by itself.  Where the bytes are at hand already
-    ``archive`` gives them to all, and stays open until ``close``.
+    its own, by ``reopen``, and so lives and is locked by itself.
     """
 
     read_only = "a disk inside an archive is served read-only"
 
     def __init__(
         self,
-        archive: Storage | Callable[[], Storage],
+        reopen: Callable[[], Storage],
         file: str,
         members: tuple[Member, ...],
         below: str = "",
     ) -> None:
         self.name = f"{file}/{below}".rstrip("/")
         self.members = members
-        self._archive = archive
+        self._reopen = reopen
         self._file = file
         self._below = below
         self._found = {member.name: member for member in members}  # the last of a name counts
@@ -86,42 +85,21 @@ class TarFolder(Folder):
                 why="a file in an archive can't be written: its manifest would no longer fit",
                 hint="to serve it without writing, add -r; to write, unpack the archive first",
             )
-        if isinstance(self._archive, Storage):
-            return Window(self._archive, member.offset, member.size, self.label(name))
-        return Window(self._archive(), member.offset, member.size, self.label(name), own=True)
+        return Window(self._reopen(), member.offset, member.size, self.label(name))
 
     def folder_of(self, name: str) -> "TarFolder":
         place = _resolve(self._below, name)
         if place is None:
             raise FileMissing(self.label(name))
-        return TarFolder(self._archive, self._file, self.members, place.rpartition("/")[0])
+        return TarFolder(self._reopen, self._file, self.members, place.rpartition("/")[0])
 
     def names(self) -> list[str]:
         start = f"{self._below}/" if self._below else ""
         return sorted(name[len(start) :] for name in self._found if name.startswith(start))
 
-    def close(self) -> None:
-        """Close the archive, if it is one for all members."""
-        if isinstance(self._archive, Storage):
-            self._archive.close()
-
-
-def is_tar(first_bytes: bytes) -> bool:
-    """Whether a file that begins so (512 bytes are enough) is a tar archive, as OVF demands: ustar."""
-    return first_bytes[257:262] == b"ustar"
-
-
-def open_tar(storage: Storage, file: str) -> TarFolder:
-    """The archive ``storage``, called ``file`` in messages; it is the caller's until this returns.
-
-    Raises FormatError for what is no sound archive, Truncated where it is cut off, Unsupported for sparse
-    members.
-    """
-    return TarFolder(storage, file, list_members(storage, file))
-
 
 def tar_in(folder: Folder, name: str) -> TarFolder:
-    """The archive ``name`` of ``folder``, opened anew for each of its members; errors as open_tar."""
+    """The archive ``name`` of ``folder``, opened anew for each of its members; errors as list_members."""
     storage = folder.open(name)
     try:
         file, identity, size = storage.name, storage.identity, storage.size
@@ -140,7 +118,11 @@ def tar_in(folder: Folder, name: str) -> TarFolder:
 
 
 def list_members(storage: Storage, file: str) -> tuple[Member, ...]:
-    """The files in an archive, in its order; errors as open_tar."""
+    """The files in the archive ``storage``, called ``file`` in messages, in its order.
+
+    Raises FormatError for what is no sound archive, Truncated where it is cut off, Unsupported for sparse
+    members.
+    """
     members: list[Member] = []
     budget = _MAX_EXTENSIONS
     extra: dict[str, bytes] = {}

@@ -11,16 +11,14 @@ from nbd_vmdk.storage.base import Storage
 class Window(Storage):
     """``length`` bytes of ``base`` from ``offset`` on.
 
-    What lies around it can't be seen.  ``base`` belongs to whoever opened it, and several windows may
-    share it: closing a window leaves it open, unless it is the window's ``own``.
+    What lies around it can't be seen.  ``base`` is the window's own, and closed with it.
     """
 
-    def __init__(self, base: Storage, offset: int, length: int, name: str, *, own: bool = False) -> None:
+    def __init__(self, base: Storage, offset: int, length: int, name: str) -> None:
         self.name = name
         self._base = base
         self._offset = offset
         self._length = length
-        self._own = own
 
     @property
     def size(self) -> int:
@@ -56,5 +54,4 @@ class Window(Storage):
         return self._base.writer()
 
     def close(self) -> None:
-        if self._own:
-            self._base.close()
+        self._base.close()

@@ -21,8 +21,9 @@ from nbd_vmdk.storage import local
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.joined import Joined
 from nbd_vmdk.storage.local import LocalFile, raise_file_limit
+from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.memory import MemoryStorage
-from nbd_vmdk.storage.tar import open_tar
+from nbd_vmdk.storage.tar import tar_in
 from nbd_vmdk.storage.window import Window
 from nbd_vmdk.units import KIB, MIB
 from nbd_vmdk.vm.gunzipped import Gunzipped, Points
@@ -30,15 +31,14 @@ from nbd_vmdk.vm.gunzipped import Gunzipped, Points
 Make = Callable[..., Storage]
 
 
-_opened: list[LocalFile] = []
+_opened: list[Storage] = []
 
 
 def local_file(path: Path, data: bytes = b"", *, writable: bool = True) -> LocalFile:
     path.write_bytes(data)
-    _opened.append(
-        LocalFile(os.open(path, os.O_RDWR if writable else os.O_RDONLY), str(path), writable=writable)
-    )
-    return _opened[-1]
+    made = LocalFile(os.open(path, os.O_RDWR if writable else os.O_RDONLY), str(path), writable=writable)
+    _opened.append(made)
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +71,9 @@ def _member(tmp_path: Path) -> Make:
             info.size = len(data)
             archive.addfile(tarfile.TarInfo("before"), io.BytesIO())
             archive.addfile(info, io.BytesIO(data))
-        packed = local_file(tmp_path / "copy", (tmp_path / "tar").read_bytes(), writable=False)
-        return open_tar(packed, "tar").open("disk.vmdk")
+        member = tar_in(*LocalFolder.for_image(tmp_path / "tar")).open("disk.vmdk")
+        _opened.append(member)
+        return member
 
     return make
 
@@ -600,7 +601,8 @@ def test_a_window_sees_its_part_of_the_holes(tmp_path: Path) -> None:
     assert window.allocated == MIB
 
 
-def test_closing_a_window_leaves_the_rest_open(tmp_path: Path) -> None:
+def test_a_window_owns_what_it_shows_a_part_of(tmp_path: Path) -> None:
     base = local_file(tmp_path / "file", DATA)
     Window(base, 0, 10, "window").close()
-    assert base.read(0, 10) == DATA[:10]
+    with pytest.raises(StorageError):
+        base.read(0, 10)

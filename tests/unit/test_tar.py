@@ -6,6 +6,7 @@ import random
 import subprocess
 import tarfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 
 from nbd_vmdk.errors import FileMissing, FormatError, Truncated, Unsupported, VmdkError, WriteRefused
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.memory import MemoryStorage
-from nbd_vmdk.storage.tar import TarFolder, is_tar, open_tar
+from nbd_vmdk.storage.tar import TarFolder, list_members, tar_in
 from tests.images.ova import Disk, write_ova
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -42,12 +43,14 @@ def files(*names: str, format: int = tarfile.PAX_FORMAT) -> bytes:
 
 
 def opened(data: bytes) -> TarFolder:
-    return open_tar(MemoryStorage(data, "app.ova", writable=False), "app.ova")
+    storage = MemoryStorage(data, "app.ova", writable=False)
+    return TarFolder(lambda: storage, "app.ova", list_members(storage, "app.ova"))
 
 
 def text(folder: Any, name: str) -> str:
-    member: Storage = folder.open(name)
-    return member.read(0, member.size).decode()
+    member: Storage
+    with closing(folder.open(name)) as member:
+        return member.read(0, member.size).decode()
 
 
 def block(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
@@ -99,13 +102,10 @@ def test_an_appliance(tmp_path: Path, sizes: Any) -> None:
     disk = tmp_path / "disk1.vmdk"
     disk.write_bytes(random.Random(1).randbytes(70_000))
     ova = write_ova(str(tmp_path / "app.ova"), [Disk(str(disk), 1 << 20)], sizes=sizes)
-    storage = LocalFile(os.open(ova.path, os.O_RDONLY), ova.path, writable=False)
-    assert is_tar(storage.read(0, 512))
-    folder = open_tar(storage, ova.path)
+    folder = tar_in(*LocalFolder.for_image(ova.path))
     assert {member.name: (member.offset, member.size) for member in folder.members} == ova.members
-    member = folder.open("disk1.vmdk")
-    assert member.read(0, member.size) == disk.read_bytes()
-    folder.close()
+    with closing(folder.open("disk1.vmdk")) as member:
+        assert member.read(0, member.size) == disk.read_bytes()
 
 
 def test_a_member_of_16_gib(tmp_path: Path) -> None:
@@ -116,8 +116,9 @@ def test_a_member_of_16_gib(tmp_path: Path) -> None:
         os.truncate(path, len(head) + (16 << 30))
         with path.open("ab") as file:
             file.write(files("after"))
-        folder = open_tar(LocalFile(os.open(path, os.O_RDONLY), "x", writable=False), "x")
-        assert folder.open("disk.vmdk").size == 16 << 30
+        folder = tar_in(*LocalFolder.for_image(path))
+        with closing(folder.open("disk.vmdk")) as member:
+            assert member.size == 16 << 30
         assert text(folder, "after") == "after"
 
 
@@ -160,14 +161,6 @@ def test_an_archive_without_its_closing_zeros() -> None:
     assert opened(data[: 4 * 512]).names() == ["a", "b"]
     assert opened(b"").names() == []
     assert opened(bytes(1024)).names() == []
-
-
-def test_is_tar() -> None:
-    for format in FORMATS.values():
-        assert is_tar(files("a", format=format)[:512])
-    assert not is_tar(bytes(512))
-    assert not is_tar(b"KDMV" + bytes(508))
-    assert not is_tar(b"")
 
 
 # What is refused
@@ -315,7 +308,7 @@ def test_extensions_without_end() -> None:
         opened((block(b"x", b"%o" % len(body), b"x") + body.ljust(-len(body) // 512 * -512, b"\0")) * 40)
     storage = Hole(1 << 40, block(b"x", b"\x80" + (1 << 39).to_bytes(11, "big"), b"x"))
     with pytest.raises(FormatError, match="too long"):
-        open_tar(storage, "app.ova")
+        list_members(storage, "app.ova")
 
 
 class Hole(MemoryStorage):
