@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from nbd_vmdk.errors import FileMissing, StorageError
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.memory import MemoryStorage
+from tests.memory import MemoryStorage
 
 Op = Literal["write", "zero", "punch", "truncate", "sync", "mark"]
 

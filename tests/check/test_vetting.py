@@ -11,11 +11,11 @@ from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.hosted import parse_header
-from nbd_vmdk.storage.memory import MemoryStorage
 from tests.breaking import BREAKS, CONTENT, Break, delta, sparse
 from tests.images import desc, peek, poke
 from tests.images.content import SECTOR, Content
 from tests.images.desc import Image
+from tests.memory import MemoryStorage
 
 #: What may not be written; everything else of a hosted extent is harmless, or not looked for.
 DANGEROUS = {

@@ -22,11 +22,11 @@ from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.joined import Joined
 from nbd_vmdk.storage.local import LocalFile, raise_file_limit
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.storage.tar import tar_in
 from nbd_vmdk.storage.window import Window
 from nbd_vmdk.units import KIB, MIB
 from nbd_vmdk.vm.gunzipped import Gunzipped, Points
+from tests.memory import MemoryStorage
 
 Make = Callable[..., Storage]
 

@@ -21,9 +21,9 @@ from nbd_vmdk.ondisk.stream_build import empty_stream, stream_header
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.convert import Work, fill_stream
 from nbd_vmdk.ops.sides import StorageSource
-from nbd_vmdk.storage.memory import MemoryStorage
 from tests.convert import qemu_raw, raw_file
 from tests.images.content import KIB, MIB, SECTOR, Content
+from tests.memory import MemoryStorage
 
 
 def front_to_back(data: bytes, size: int) -> tuple[bytes, list[str]]:

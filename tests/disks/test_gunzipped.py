@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_vmdk.errors import FormatError, Truncated
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.vm import gunzipped
 from nbd_vmdk.vm.gunzipped import Gunzipped, Points
+from tests.memory import MemoryStorage
 
 MIB = 1 << 20
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.alloc import Allocator
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.units import KIB, MIB
 from tests.images.content import Content
 from tests.images.desc import monolithic_sparse
+from tests.memory import MemoryStorage
 
 GRAIN = 64 * KIB
 

@@ -26,11 +26,11 @@ from nbd_vmdk.codec import CorruptGrain, inflate
 from nbd_vmdk.errors import Truncated, Unreadable, VmdkError
 from nbd_vmdk.extents import stream as reading
 from nbd_vmdk.extents.stored import layout_of, read_stored, span
-from nbd_vmdk.storage.memory import MemoryStorage
 from tests.engine import same
 from tests.images import cut, desc, poke, stream
 from tests.images.content import KIB, MIB, Content
 from tests.images.desc import Image
+from tests.memory import MemoryStorage
 
 GRAIN = 64 * KIB
 #: A cache in which the bytes of three grains are kept, and some hundred layouts.

@@ -16,13 +16,13 @@ from nbd_vmdk.ondisk.vmsd import parse_snapshots
 from nbd_vmdk.ondisk.vmx import disks_of, node_order, parse_dictionary
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.plugin.exports import open_exports
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.vm import find_disks
 from nbd_vmdk.vm.gunzipped import Gunzipped, Points
 from tests.fuzz import case
 from tests.fuzz.answers import checked, our_errors
 from tests.fuzz.images import folder_for_images
 from tests.fuzz.parsers import Plain
+from tests.memory import MemoryStorage
 
 KIB = 1 << 10
 MOST = 4 << 20

@@ -20,10 +20,10 @@ from nbd_vmdk.ondisk.descriptor import (
     looks_like_descriptor,
 )
 from nbd_vmdk.ondisk.probe import FileKind, describe_other, identify
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.storage.tar import TarFolder, list_members
 from tests.fuzz import case
 from tests.fuzz.answers import our_errors
+from tests.memory import MemoryStorage
 
 SECTOR = 512
 KIB = 1 << 10

@@ -19,8 +19,8 @@ from nbd_vmdk.storage import locks
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.storage.window import Window
+from tests.memory import MemoryStorage
 
 needs_qemu = pytest.mark.skipif(
     not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="qemu-img and qemu-io are not here"

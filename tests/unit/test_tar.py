@@ -15,9 +15,9 @@ import pytest
 from nbd_vmdk.errors import FileMissing, FormatError, Truncated, Unsupported, VmdkError, WriteRefused
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.memory import MemoryStorage
 from nbd_vmdk.storage.tar import TarFolder, list_members, tar_in
 from tests.images.ova import Disk, write_ova
+from tests.memory import MemoryStorage
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -1,6 +1,4 @@
-"""Bytes in memory: for tests, and for building a small file before it is written."""
-
-# ruff: noqa: D102  the contract is in base.py
+"""Bytes in memory, where a test needs a storage and no file."""
 
 import itertools
 import threading
