@@ -1,7 +1,7 @@
 """One VMDK: a descriptor and its extents, in guest order, as one row of bytes.
 
 A link knows nothing of its parent.  What it does not have it maps as HOLE; who holds the chain goes on to
-the next link (see disk.py).  Opening one is opener.py's work.
+the next link (see disk.py).  Opening one is the opener's work.
 """
 
 import threading

@@ -1,6 +1,6 @@
 """A first look at files that may be links: which there are, what describes them, what names may mean.
 
-Nothing here opens a disk: that is opener.py's work, which begins with what is found here.
+Nothing here opens a disk: that is the opener's work, which begins with what is found here.
 """
 
 import re

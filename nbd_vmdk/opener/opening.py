@@ -1,0 +1,68 @@
+"""What is gathered while one link is opened: its files, each opened once, and what is worth a warning."""
+
+from dataclasses import dataclass, field
+
+from nbd_vmdk.cache import Cache
+from nbd_vmdk.errors import NotVmdk
+from nbd_vmdk.ondisk.descriptor import ExtentLine
+from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.folder import Folder
+
+
+@dataclass(slots=True)
+class Opening:
+    """A link that is being opened; closed as a whole if that fails."""
+
+    folder: Folder
+    options: OpenOptions
+    cache: Cache
+    writable: bool
+    warnings: list[str] = field(default_factory=list)
+    storages: dict[str, Storage] = field(default_factory=dict)
+    #: Names that lines with access RW use: such a file is opened for writing before any extent holds it.
+    written: frozenset[str] = frozenset()
+    #: The disk is one file without a parent, which may be appended to if it is compressed and empty.
+    whole: bool = False
+    #: Files with tables that an extent holds.
+    tabled: set[tuple[int, ...]] = field(default_factory=set)
+
+    def open(self, name: str) -> Storage:
+        """Open a file of the link through the gate, once."""
+        if name not in self.storages:
+            self.storages[name] = self.folder.open(name)
+        return self.storages[name]
+
+    def open_for_writing(self, name: str) -> Storage:
+        """Open a file again, for writing, in the place of the first opening that served to look at it."""
+        there = self.open(name)
+        if there.writable:
+            return there
+        storage = self.folder.open(name, writable=True)
+        self.storages[name] = storage
+        there.close()
+        if there.identity != storage.identity:
+            raise NotVmdk(there.name, what="it was replaced while it was being opened")
+        return storage
+
+    def is_written(self, name: str, line: ExtentLine | None) -> bool:
+        """Whether the file ``name`` is to be opened for writing, being that of an extent line."""
+        return line is not None and not self.written.isdisjoint((name, line.name))
+
+    def lock(self) -> list[str]:
+        """Lock every file as it was opened, or only look for writers; what is worth a warning."""
+        warnings = []
+        for storage in self.storages.values():
+            if self.options.locks:
+                warning = storage.lock(storage.writable)
+            else:
+                writer = storage.writer()
+                warning = writer and f"another process is {writer}; what is shown may be changing"
+            if warning:
+                warnings.append(f"{storage.name}: {warning}")
+        return warnings
+
+    def close(self) -> None:
+        """Let go of all that was opened."""
+        for storage in self.storages.values():
+            storage.close()
