@@ -2,8 +2,7 @@
 
 ``plugin.py`` at the top of a checkout hands them to nbdkit.  A request costs one dict lookup (see
 threadstates.py) and one call of the engine; here is also the only place where the engine's errors become
-errno values and log lines.  Parameters are the names of :class:`~nbd_vmdk.options.OpenOptions`, with dashes;
-``file`` may be repeated, and be whatever ``nbd-vmdk serve`` takes.
+errno values and log lines.
 """
 
 import errno
@@ -11,13 +10,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from difflib import get_close_matches
 from functools import wraps
 from itertools import cycle
 from operator import sub
 from threading import get_ident
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 
 import nbdkit
 
@@ -25,17 +22,16 @@ from nbd_vmdk import __version__
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, VmdkError, printable
-from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.plugin import aborting, ending
-from nbd_vmdk.plugin.commandline import nbdkit_is_read_only
 from nbd_vmdk.plugin.descriptors import warn_of_few
 from nbd_vmdk.plugin.errorlog import ErrorLog
 from nbd_vmdk.plugin.exports import Exports, describe, open_exports
 from nbd_vmdk.plugin.heap import keep_freed_memory
+from nbd_vmdk.plugin.parameters import HELP, Parameters
 from nbd_vmdk.plugin.sharing import Turns
 from nbd_vmdk.plugin.stats import CountedDisk, Stats
 from nbd_vmdk.plugin.threadstates import KeptStates
-from nbd_vmdk.units import MIB, parse_size
+from nbd_vmdk.units import MIB
 
 __all__ = [
     "API_VERSION",
@@ -80,8 +76,6 @@ _MAX_REQUEST = 32 * MIB
 _MAX_RUNS = 16384
 #: What reads as zeros, in the words of NBD.
 _EMPTY = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
 #: Exports that an error lists.
 _LISTED = 20
 
@@ -93,72 +87,23 @@ class Plugin:
     """All that is global: what was configured, and the disks that are served."""
 
     def __init__(self) -> None:
-        self.files: list[str] = []
-        self.snapshot: str | None = None
-        self.skip_broken = False
-        self.read_only = nbdkit_is_read_only()
-        self.options: dict[str, Any] = {}
-        self.allow_dirs: list[str] = []
-        self.overlays: list[str] = []
-        self.scratch = False
-        self.share: str | None = None
+        self.told = Parameters()
         self.turns: Turns | None = None
-        self.stats_path: str | None = None
         self.stats: Stats | None = None
         self.exports: Exports | None = None
 
-    def configure(self, key: str, value: str) -> None:
-        """Take a parameter.  Paths are made absolute now: nbdkit in the background runs in ``/``."""
-        name = key.replace("-", "_")
-        if not value and name != "overlay" and name.replace("_", "-") in _HELP:
-            # The absolute path of nothing is the current folder, which "file=$UNSET" would serve.
-            raise OptionError(None, why=f"{key}= has no value")
-        if name == "file":
-            self.files.append(os.path.abspath(value))
-        elif name == "read_only":
-            self.read_only = self.read_only or _boolean(key, value)
-        elif name == "snapshot":
-            self.snapshot = value
-        elif name == "skip_broken":
-            self.skip_broken = _boolean(key, value)
-        elif name == "allow_dir":
-            self.allow_dirs.append(os.path.abspath(value))
-        elif name == "parent":
-            self.options[name] = os.path.abspath(value)
-        elif name == "overlay":
-            self.overlays.append(value and os.path.abspath(value))
-        elif name == "scratch":
-            self.scratch = _boolean(key, value)
-        elif name == "share":
-            self.share = os.path.abspath(value)
-        elif name == "stats":
-            self.stats_path = os.path.abspath(value)
-        elif name == "cache_size":
-            try:
-                self.options[name] = parse_size(value)
-            except ValueError as error:
-                raise OptionError(None, why=f"{key}: {error}") from None
-        elif name in _SWITCHES:
-            self.options[name] = _boolean(key, value)
-        else:
-            near = get_close_matches(key, _HELP, n=1)
-            hint = f"is it {near[0]}? " if near else ""
-            raise OptionError(
-                None, why=f"unknown parameter {key}={value}", hint=f"{hint}known are {_PARAMETERS}"
-            )
-
     def start(self) -> None:
         """Open the disks and check everything that can be checked before serving."""
-        options = OpenOptions(writable=not self.read_only, allow_dirs=tuple(self.allow_dirs), **self.options)
-        if self.stats_path is not None:
-            self.stats = Stats(self.stats_path, options.cache_size)
+        told, options = self.told, self.told.options
+        if told.stats is not None:
+            self.stats = Stats(told.stats, options.cache_size)
         self.exports = open_exports(
-            self.files,
+            told.files,
             options,
-            snapshot=self.snapshot,
-            skip_broken=self.skip_broken,
-            overlays=self.overlays,
-            scratch=self.scratch,
+            snapshot=told.snapshot,
+            skip_broken=told.skip_broken,
+            overlays=told.overlays,
+            scratch=told.scratch,
             cache=None if self.stats is None else self.stats.cache,
         )
         if self.stats is not None:
@@ -196,37 +141,6 @@ class Handle:
         self.threads = self.states.threads
 
 
-#: All parameters and what they are for, as ``--dump-plugin`` tells it.
-_HELP = {
-    "file": "an image, a folder, a machine (.vmx) or an appliance (.ovf, .ova); may be repeated (required)",
-    "read-only": "true: nothing is changed; as nbdkit's -r",
-    "snapshot": "of a .vmx or .vmsd: the disks of this snapshot, by its name or number",
-    "skip-broken": "true: leave out what can't be opened, and serve the rest",
-    "parent": "a file that is the parent, whatever the descriptor says",
-    "overlay": "a child link that takes the writes of the disk; one for each disk, in order",
-    "share": "take turns with others that have inherited the same socket; PATH is for a private one",
-    "scratch": "true: the overlays are thrown away in the end, so nothing in them is made durable",
-    "stats": "the path of a unix socket on which numbers are told",
-    "allow-dir": "a folder, besides the image's own, whose files it may name; may be repeated",
-    "cache-size": "memory for tables and inflated grains, such as 64M",
-    "allow-devices": "true: an image may name block devices in an allowed folder",
-    "drop-ctk": "true: write although changes are tracked, and end the tracking",
-    "ignore-cid": "true: warn of content IDs that do not agree, and go on",
-    "salvage": "true: read what is left of a damaged streamOptimized image; the rest is EIO",
-    "write-parent": "true: write although a snapshot stands on the image, and spoil that",
-}
-_SWITCHES = {field.name for field in fields(OpenOptions) if field.type is bool} - {"writable", "locks"}
-_PARAMETERS = ", ".join(_HELP)
-
-
-def _boolean(key: str, value: str) -> bool:
-    if value.lower() in _TRUE:
-        return True
-    if value.lower() in _FALSE:
-        return False
-    raise OptionError(None, why=f"{key} is {value!r}, not true or false")
-
-
 # Errors.
 
 
@@ -261,21 +175,21 @@ def dump_plugin() -> None:
     """Print what ``nbdkit python plugin.py --dump-plugin`` tells of this plugin."""
     sys.stdout.write(
         f"nbd_vmdk_version={__version__}\n"
-        f"nbd_vmdk_parameters={_PARAMETERS.replace(', ', ' ')}\n"
+        f"nbd_vmdk_parameters={' '.join(HELP)}\n"
         f"nbd_vmdk_inflate={INFLATE_LIBRARY}\n"
-        + "".join(f"nbd_vmdk_parameter_{key.replace('-', '_')}={text}\n" for key, text in _HELP.items())
+        + "".join(f"nbd_vmdk_parameter_{key.replace('-', '_')}={text}\n" for key, text in HELP.items())
     )
     sys.stdout.flush()
 
 
 def config(key: str, value: str) -> None:
     """Take one key=value of the command line."""
-    _plugin.configure(key, value)
+    _plugin.told.take(key, value)
 
 
 def config_complete() -> None:
     """Check that there is something to serve."""
-    if not _plugin.files:
+    if not _plugin.told.files:
         raise OptionError(None, why="no image to serve", hint="add file=DISK.vmdk to nbdkit's command line")
 
 
@@ -294,8 +208,8 @@ def after_fork() -> None:
     """Begin to wait for the signal to end; threads must not be started earlier."""
     ending.watch(nbdkit.shutdown)
     aborting.watch(_plugin.flush)
-    if _plugin.share is not None:
-        _plugin.turns = Turns(_plugin.share)
+    if _plugin.told.share is not None:
+        _plugin.turns = Turns(_plugin.told.share)
     if _plugin.stats is not None:
         _plugin.stats.answer()
 
