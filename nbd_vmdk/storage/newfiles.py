@@ -14,9 +14,8 @@ Nothing that exists is replaced, not even what came into being meanwhile: files 
 extended attributes; the old ones are kept in the temporary folder until all went well.  They are locked
 meanwhile, as for writing: who has one open would go on with a file that nobody else can find any more.
 
-The temporary folder of a process that was killed is removed by the next one with the same target: a living
-maker holds a lock on its own, and gives it the name by which it is recognized only then.  One that was killed
-before that has left an empty folder, which is recognized by its age.
+The temporary folder of a process that was killed is removed by the next one with the same target, see
+leftovers.py.
 
 What is not done: several files are not replaced in one instant, so a kill or a power cut between the first
 and the last leaves some new and some old.  The temporary folder then still has the rest of both, and the
@@ -25,35 +24,25 @@ neither the kernel's flag nor hard links, another program may slip in between lo
 and taking it, and a replaced file has no name for an instant.
 """
 
-import ctypes
 import errno
-import fcntl
-import functools
 import os
 import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Callable
-from typing import Final, NamedTuple, Self, cast
+from typing import Final, NamedTuple, Self
 
 from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteRefused
+from nbd_vmdk.storage.leftovers import OLD, lock_folder, sweep, sweep_empty
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import vmware_lock
+from nbd_vmdk.storage.moving import NOT_KNOWN, identity_of, lstat, move_only
 from nbd_vmdk.units import SECTOR
 
-_NO_REPLACE: Final = 1
-#: What a kernel or a file system says that does not know renameat2, a flag of it, or hard links.
-_NOT_KNOWN: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 #: Longest part of the target's name, in bytes, that the temporary folder's name repeats.
 _NAME_PART: Final = 200
-#: Seconds in which a maker surely locks the temporary folder that he has made.
-_YOUNG: Final = 60
 #: More files than this are synced side by side, so many at a time.
 _MANY: Final = 8
-#: Where, in the temporary folder, replaced files are kept under their own names.
-_OLD: Final = ".old"
 
 
 class NewFiles:
@@ -100,7 +89,7 @@ class NewFiles:
         except OSError as error:
             raise StorageError.of(error, self._place or os.curdir, "open the folder") from error
         try:
-            if not self._replace and _lstat(self._into, self._name):
+            if not self._replace and lstat(self._into, self._name):
                 raise FileExists(self.target)
             self._lock_old(self._name)
             self._make_folder()
@@ -112,8 +101,8 @@ class NewFiles:
     def _make_folder(self) -> None:
         part = os.fsdecode(os.fsencode(self._name)[:_NAME_PART])
         locked_name = f".{part}.new-"
-        _sweep_empty(self._into, f".{part}.tmp-")
-        if kept := _sweep(self._into, locked_name):
+        sweep_empty(self._into, f".{part}.tmp-")
+        if kept := sweep(self._into, locked_name):
             raise WriteRefused(
                 self._label(kept),
                 why="an earlier run ended while it was replacing files: the old ones are in .old in there",
@@ -122,7 +111,7 @@ class NewFiles:
         try:
             self.folder = tempfile.mkdtemp(prefix=f".{part}.tmp-", dir=self._place or os.curdir)
             self._from = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if _lock(self._from):
+            if lock_folder(self._from):
                 locked = os.path.join(
                     os.path.dirname(self.folder), locked_name + self.folder.rpartition(".tmp-")[2]
                 )
@@ -138,7 +127,7 @@ class NewFiles:
 
     def _lock_old(self, name: str) -> None:
         """Keep all others from using the file that will be replaced, if there is one, until the end."""
-        old = _lstat(self._into, name)
+        old = lstat(self._into, name)
         if self._held or old is None or not stat.S_ISREG(old.st_mode) or name in self._locked:
             return
         path = self.target if name == self._name else self._label(name)
@@ -204,7 +193,7 @@ class NewFiles:
 
         ``publish`` looks again; this spares the work that would come to nothing.
         """
-        if not self._replace and _lstat(self._into, name):
+        if not self._replace and lstat(self._into, name):
             raise FileExists(self._label(name))
 
     def publish(self, main: str) -> tuple[str, ...]:
@@ -249,7 +238,7 @@ class NewFiles:
 
     def _finish(self, name: str) -> "_Move":
         """Check that ``name`` can be published, give it what the replaced file had, and sync it."""
-        old = _lstat(self._into, name)
+        old = lstat(self._into, name)
         if old and not self._replace:
             raise FileExists(self._label(name))
         if old and not stat.S_ISREG(old.st_mode):
@@ -262,7 +251,7 @@ class NewFiles:
                     dress(fd, self._label(name))
                 if self._durable:
                     os.fsync(fd)
-                return _Move(name, _identity(os.fstat(fd)), old is not None)
+                return _Move(name, identity_of(os.fstat(fd)), old is not None)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -280,13 +269,13 @@ class NewFiles:
         if not names:
             return
         try:
-            os.mkdir(_OLD, dir_fd=self._from)
+            os.mkdir(OLD, dir_fd=self._from)
             for name in names:
-                kept = f"{_OLD}/{name}"
+                kept = f"{OLD}/{name}"
                 try:
                     os.link(name, kept, src_dir_fd=self._into, dst_dir_fd=self._from, follow_symlinks=False)
                 except OSError as error:
-                    if error.errno not in _NOT_KNOWN:
+                    if error.errno not in NOT_KNOWN:
                         raise
         except OSError as error:
             raise StorageError.of(error, self.target, "keep the old files") from error
@@ -294,10 +283,10 @@ class NewFiles:
     def _move(self, move: "_Move") -> None:
         try:
             if not move.replaces:
-                _move_only(self._from, self._into, move.name)
+                move_only(self._from, self._into, move.name)
                 return
-            if not _lstat(self._from, f"{_OLD}/{move.name}"):  # no hard links here
-                os.rename(move.name, f"{_OLD}/{move.name}", src_dir_fd=self._into, dst_dir_fd=self._from)
+            if not lstat(self._from, f"{OLD}/{move.name}"):  # no hard links here
+                os.rename(move.name, f"{OLD}/{move.name}", src_dir_fd=self._into, dst_dir_fd=self._from)
             os.rename(move.name, move.name, src_dir_fd=self._from, dst_dir_fd=self._into)
         except FileExistsError as error:
             raise FileExists(self._label(move.name)) from error
@@ -306,13 +295,13 @@ class NewFiles:
 
     def _take_back(self, move: "_Move") -> None:
         """Undo what was done of ``move``, judged by what is there: an interrupt can come at any point."""
-        kept = f"{_OLD}/{move.name}"
+        kept = f"{OLD}/{move.name}"
         try:
-            there = _lstat(self._into, move.name)
-            if move.replaces and _lstat(self._from, kept):
+            there = lstat(self._into, move.name)
+            if move.replaces and lstat(self._from, kept):
                 # Where both names are of one file this does nothing, as it should.
                 os.rename(kept, move.name, src_dir_fd=self._from, dst_dir_fd=self._into)
-            elif not move.replaces and there and _identity(there) == move.identity:
+            elif not move.replaces and there and identity_of(there) == move.identity:
                 os.unlink(move.name, dir_fd=self._into)
         except OSError:
             pass  # the first error is what the caller must hear
@@ -327,84 +316,6 @@ class _Move(NamedTuple):
     name: str
     identity: tuple[int, int]
     replaces: bool
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
-
-
-def _sweep(folder: int, prefix: str) -> str | None:
-    """Remove the temporary folders of this target whose makers are dead.
-
-    The name of one that must be kept, because it came between replacing one file and another; else None.
-    """
-    kept = None
-    try:
-        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                if os.fstat(fd).st_uid != os.geteuid() or not _lock(fd):
-                    continue
-                if _is_needed(folder, fd):
-                    kept = name
-                else:
-                    shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
-            finally:
-                os.close(fd)
-    except OSError:
-        pass  # what can't be tidied up is in nobody's way
-    return kept
-
-
-def _sweep_empty(folder: int, prefix: str) -> None:
-    """Remove what makers left who were killed before their temporary folders had their lock and name.
-
-    These are empty, and not of just now: a living maker is about to lock his own.
-    """
-    try:
-        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                found = os.fstat(fd)
-                is_old = time.time() - found.st_mtime > _YOUNG
-                if found.st_uid == os.geteuid() and is_old and not os.listdir(fd) and _lock(fd):
-                    os.rmdir(name, dir_fd=folder)
-            finally:
-                os.close(fd)
-    except OSError:
-        pass  # what can't be tidied up is in nobody's way
-
-
-def _is_needed(folder: int, left: int) -> bool:
-    """Whether the temporary folder ``left`` has files that are part of a whole with those in ``folder``."""
-    names = os.listdir(left)
-    if names == [_OLD] or _OLD not in names:
-        return False  # all were replaced, or none
-    fd = os.open(_OLD, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=left)
-    try:
-        for name in os.listdir(fd):
-            old, there = _lstat(fd, name), _lstat(folder, name)
-            if old and not (there and _identity(there) == _identity(old)):
-                return True
-        return False
-    finally:
-        os.close(fd)
-
-
-def _lock(fd: int) -> bool:
-    """Hold a folder as long as ``fd`` is open; False if another does, or the file system can't."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _lstat(folder: int, name: str) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except OSError:
-        return None  # absent, or so odd that using the name will tell
 
 
 def dress(new: int | str, old: str) -> None:
@@ -423,45 +334,3 @@ def dress(new: int | str, old: str) -> None:
     except OSError:
         pass  # labels and access lists that this file system or this user can't set
     os.chmod(new, stat.S_IMODE(found.st_mode))
-
-
-def _move_only(source: int, target: int, name: str) -> None:
-    """Move ``name`` from one folder to the other unless it is there; FileExistsError, OSError."""
-    if _rename_noreplace(source, target, name):
-        return
-    try:
-        os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NOT_KNOWN:
-            raise
-        if _lstat(target, name):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
-    else:
-        os.unlink(name, dir_fd=source)
-
-
-def _rename_noreplace(source: int, target: int, name: str) -> bool:
-    """Whether the kernel did it; False means that it can't here.  OSError for anything else."""
-    call = _libc_renameat2()
-    if call is None:
-        return False
-    raw = os.fsencode(name)
-    if call(source, raw, target, raw, _NO_REPLACE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _NOT_KNOWN:
-        return False
-    raise OSError(number, os.strerror(number))
-
-
-@functools.cache
-def _libc_renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    # Python's os.rename takes no flags.  Some C libraries have no such function.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return None
-    call = libc.renameat2
-    call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    call.restype = ctypes.c_int
-    return cast("Callable[[int, bytes, int, bytes, int], int]", call)

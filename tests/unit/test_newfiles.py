@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteRefused
-from nbd_vmdk.storage import newfiles
+from nbd_vmdk.storage import moving, newfiles
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.newfiles import NewFiles
 
@@ -32,7 +32,7 @@ def interrupt(*_: object) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a file system moves a file without replacing one."""
     if request.param != "renameat2":
-        monkeypatch.setattr(newfiles, "_rename_noreplace", lambda *_: False)
+        monkeypatch.setattr(moving, "_rename_noreplace", lambda *_: False)
     if request.param == "neither":
 
         def link(*_: object, **__: object) -> None:
@@ -265,7 +265,7 @@ def test_what_a_killed_run_left_is_removed_and_what_others_make_is_not(
             first.publish("disk.vmdk")
     assert {path.name for path in tmp_path.iterdir()} == {"disk.vmdk", other.name}
     # Where folders can't be locked, nobody takes one for a dead run's.
-    monkeypatch.setattr(newfiles, "_lock", lambda _: False)
+    monkeypatch.setattr(newfiles, "lock_folder", lambda _: False)
     with NewFiles(tmp_path / "disk3.vmdk") as new:
         assert ".tmp-" in new.folder
         with NewFiles(tmp_path / "disk3.vmdk"):

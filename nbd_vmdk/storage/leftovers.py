@@ -1,0 +1,85 @@
+"""What killed makers of new files left behind: their temporary folders (see newfiles.py).
+
+A living maker holds a lock on its own, and gives it the name by which it is recognized only then.  One that
+was killed before that has left an empty folder, which is recognized by its age.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from typing import Final
+
+from nbd_vmdk.storage.moving import identity_of, lstat
+
+#: Where, in a temporary folder, files that are being replaced are kept under their own names.
+OLD: Final = ".old"
+#: Seconds in which a maker surely locks the temporary folder that he has made.
+_YOUNG: Final = 60
+
+
+def sweep(folder: int, prefix: str) -> str | None:
+    """Remove the temporary folders of this target whose makers are dead.
+
+    The name of one that must be kept, because it came between replacing one file and another; else None.
+    """
+    kept = None
+    try:
+        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                if os.fstat(fd).st_uid != os.geteuid() or not lock_folder(fd):
+                    continue
+                if _is_needed(folder, fd):
+                    kept = name
+                else:
+                    shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+            finally:
+                os.close(fd)
+    except OSError:
+        pass  # what can't be tidied up is in nobody's way
+    return kept
+
+
+def sweep_empty(folder: int, prefix: str) -> None:
+    """Remove what makers left who were killed before their temporary folders had their lock and name.
+
+    These are empty, and not of just now: a living maker is about to lock his own.
+    """
+    try:
+        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                found = os.fstat(fd)
+                is_old = time.time() - found.st_mtime > _YOUNG
+                if found.st_uid == os.geteuid() and is_old and not os.listdir(fd) and lock_folder(fd):
+                    os.rmdir(name, dir_fd=folder)
+            finally:
+                os.close(fd)
+    except OSError:
+        pass  # what can't be tidied up is in nobody's way
+
+
+def _is_needed(folder: int, left: int) -> bool:
+    """Whether the temporary folder ``left`` has files that are part of a whole with those in ``folder``."""
+    names = os.listdir(left)
+    if names == [OLD] or OLD not in names:
+        return False  # all were replaced, or none
+    fd = os.open(OLD, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=left)
+    try:
+        for name in os.listdir(fd):
+            old, there = lstat(fd, name), lstat(folder, name)
+            if old and not (there and identity_of(there) == identity_of(old)):
+                return True
+        return False
+    finally:
+        os.close(fd)
+
+
+def lock_folder(fd: int) -> bool:
+    """Hold a folder as long as ``fd`` is open; False if another does, or the file system can't."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
