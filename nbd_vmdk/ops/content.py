@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.link import NOTHING
 from nbd_vmdk.ops.formats import RAW, guess_format
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -63,7 +64,7 @@ class DiskContent:
     def holders(self, offset: int, length: int) -> Iterator[tuple[int, Holder]]:
         """See Content; what is lost is held by somebody unlike all others, so that it is read and fails."""
         for run in self._disk.runs(offset, length):
-            if run.kind in (Kind.HOLE, Kind.ZERO):
+            if run.kind in NOTHING:
                 yield run.length, None
             elif run.kind is Kind.LOST or run.depth is None:
                 yield run.length, object()

@@ -23,7 +23,7 @@ from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.streamwriter import StreamWriter
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import FRESH_CID, MAX_DESCRIPTOR, NO_PARENT, Descriptor, random_cid
-from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
+from nbd_vmdk.ondisk.hosted import MAGIC, HostedHeader, parse_header
 from nbd_vmdk.ops.copy import Copied, Progress, Rest, Sink, Source, copy, default_threads
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource, sharing
@@ -199,7 +199,7 @@ def fill_image(source: Source, there: str, label: str, work: Work, *, may_share:
     with closing(_open_file(there, label)) as storage:
         storage.write_behind = True
         head = storage.read(0, min(SECTOR, storage.size))
-        header = parse_header(head, label) if head.startswith(b"KDMV") else None
+        header = parse_header(head, label) if head.startswith(MAGIC) else None
         if header is not None and header.compressed:
             head = storage.read(0, header.overhead_sectors * SECTOR)
             storage.write(with_new_cid(head, header, label), 0)
@@ -223,7 +223,7 @@ def set_cid(there: str, cid: int, label: str) -> None:
     """Give the new image ``there`` the content ID ``cid``, in its place in the descriptor."""
     with closing(_open_file(there, label)) as storage:
         head, at = storage.read(0, min(MAX_DESCRIPTOR, storage.size)), 0
-        if head.startswith(b"KDMV"):
+        if head.startswith(MAGIC):
             at = parse_header(head, label).descriptor_sector * SECTOR
         for offset, digits in _cid_patches(head, at, cid, label):
             storage.write(digits, offset)

@@ -5,9 +5,8 @@ from typing import Any
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.link import NOTHING
 from nbd_vmdk.ops.content import Range
-
-_ZEROS = (Kind.HOLE, Kind.ZERO)
 
 
 def map_rows(disk: Disk, ranges: Iterable[Range] | None = None) -> Iterator[dict[str, Any]]:
@@ -25,8 +24,8 @@ def map_rows(disk: Disk, ranges: Iterable[Range] | None = None) -> Iterator[dict
                 "length": run.length,
                 "depth": bottom if run.depth is None else run.depth,
                 "present": run.kind is not Kind.HOLE,
-                "zero": run.kind in _ZEROS,
-                "data": run.kind not in _ZEROS,
+                "zero": run.kind in NOTHING,
+                "data": run.kind not in NOTHING,
                 "kind": run.kind.name.lower(),
             }
             if run.kind is Kind.PACKED:

@@ -7,11 +7,11 @@ from typing import Protocol, runtime_checkable
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Difference
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.link import NOTHING
 from nbd_vmdk.ops.copy import Share, Sink, Source
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB
 
-_NOTHING = (Kind.HOLE, Kind.ZERO)
 _ZEROS = bytes(MIB)
 
 
@@ -75,7 +75,7 @@ class DiskSource:
     def runs(self, offset: int, length: int) -> Iterator[tuple[Kind, int]]:
         """See Source; lost ranges count as data, so that reading them raises."""
         for run in self._disk.runs(offset, length):
-            yield (Kind.ZERO if run.kind in _NOTHING else Kind.DATA), run.length
+            yield (Kind.ZERO if run.kind in NOTHING else Kind.DATA), run.length
 
 
 class DiskSink:
@@ -167,7 +167,7 @@ class Comparer:
         """Compare with zeros; what ``other`` knows to be zeros is not read."""
         for kind, count in self._other.runs(offset, length):
             end = offset + count
-            while kind not in _NOTHING and offset < end:
+            while kind not in NOTHING and offset < end:
                 step = min(end - offset, len(_ZEROS))
                 with memoryview(_ZEROS) as zeros:
                     self.write(zeros[:step], offset)
