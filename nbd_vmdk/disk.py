@@ -82,7 +82,8 @@ class Disk:
         self._committer = Committer(self._members, top.change_cid)
         self._close_lock = threading.Lock()
         self._closed = False
-        #: Fills a buffer with the disk's bytes from an offset on.
+        #: Fills a memoryview of bytes with the disk's from an offset on.  It is cut in pieces, which of
+        #: other buffers would be copies: those are for pread_into.
         self.read_into = self._read_shared if self.writable else self._read_alone
 
     @property
@@ -197,6 +198,13 @@ class Disk:
         self._check(offset, length)
         kind, count, source, at = self._locate(offset, length)
         return (source, at, count) if kind is Kind.DATA and isinstance(source, Storage) else None
+
+    def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill a writable buffer of the caller's with the bytes from ``offset`` on."""
+        view = memoryview(buffer).cast("B")
+        self._check(offset, len(view))
+        if len(view):
+            self.read_into(view, offset)
 
     def cache(self, length: int, offset: int) -> None:
         """Fetch a range into memory: the page cache, or the cache of inflated grains."""

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 import tracemalloc
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, open_disk
-from nbd_vmdk.errors import BadDescriptor, BadField, FormatError, NotVmdk, Truncated, Unreadable, Unsupported
+from nbd_vmdk.errors import (
+    BadDescriptor,
+    BadField,
+    FormatError,
+    NotVmdk,
+    OutOfRange,
+    Truncated,
+    Unreadable,
+    Unsupported,
+)
 from nbd_vmdk.extents.base import Kind
 from tests.engine import reads, refused, runs, same, shows, unreadable
 from tests.images import cut, desc, pad, peek, poke, sesparse
@@ -82,6 +92,25 @@ def test_hosted(tmp_path: Path, options: dict[str, Any], content: Content) -> No
         expected.append("unusual")
     assert len(warnings) == len(expected)
     assert all(part in warning for part, warning in zip(expected, warnings, strict=True))
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_any_buffer_is_filled(tmp_path: Path, writable: bool) -> None:
+    content = Content(WIDE.size).put(MIB - 100, b"data" * 50)
+    image = desc.monolithic_sparse(str(tmp_path), "disk", content)
+    packed = desc.stream_optimized(str(tmp_path), "packed", content)
+    with open_disk(image.path, writable=writable) as disk, open_disk(packed.path) as inflated:
+        for offset, length in ((0, 16), (MIB - 200, 400), (MIB - GRAIN, 2 * GRAIN), (MIB - 100, 64), (5, 0)):
+            for buffer in (
+                bytearray(b"x" * length),
+                array("I", b"x" * length),
+                memoryview(bytearray(length)),
+            ):
+                for source in (disk, inflated):
+                    source.pread_into(buffer, offset)
+                    same(bytes(buffer), content.read(offset, length))
+        with pytest.raises(OutOfRange):
+            disk.pread_into(bytearray(2), disk.size - 1)
 
 
 @pytest.mark.parametrize("options", HOSTED, ids=str)
