@@ -18,7 +18,7 @@ from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
-from nbd_vmdk.extents.base import Below, Edges, Kind, Mapping, Source, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import NOTHING, Link
 from nbd_vmdk.options import OpenOptions
@@ -213,12 +213,12 @@ class Disk:
         packed = 0
         while offset < end:
             kind, count, source, at = self._map(offset, end - offset)
-            if kind is Kind.DATA:
-                _advise(source, at, count)
-            elif kind is Kind.PACKED and packed < _MAX_PREFETCH:
-                piece = min(count, _MAX_PREFETCH - packed)
-                _advise(source, at, piece)
-                packed += piece
+            wanted = count
+            if kind is Kind.PACKED:
+                wanted = min(count, _MAX_PREFETCH - packed)
+                packed += wanted
+            if source is not None and wanted:
+                source.advise(at, wanted)
             offset += count
 
     def runs(self, offset: int = 0, length: int | None = None) -> Iterator[Run]:
@@ -427,12 +427,6 @@ def _fill_zeros(buf: memoryview) -> None:
     for start in range(0, len(buf), MIB):
         piece = buf[start : start + MIB]
         piece[:] = _ZEROS[: len(piece)]
-
-
-def _advise(source: Source | None, at: int, length: int) -> None:
-    advise = getattr(source, "advise", None)
-    if advise is not None:
-        advise(at, length)
 
 
 def _join(one: Run, two: Run) -> Run | None:

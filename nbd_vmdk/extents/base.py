@@ -34,6 +34,9 @@ class Source(Protocol):
     def read_into(self, buf: memoryview, at: int) -> None:
         """Fill ``buf`` from ``at``, in the source's own counting, or raise."""
 
+    def advise(self, at: int, length: int) -> None:
+        """Say that a range will be read soon."""
+
 
 #: (kind, length, source, at): the first ``length`` bytes of the range that was asked about are backed by
 #: ``source`` from ``at`` on.  Source is None for HOLE and ZERO.  A plain tuple, because one is made for

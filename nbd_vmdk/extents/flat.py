@@ -112,3 +112,6 @@ class LostSource:
     def read_into(self, buf: memoryview, at: int) -> None:
         """Raise Unreadable."""
         raise Unreadable(self.name, offset=at, length=len(buf), why=self._why)
+
+    def advise(self, at: int, length: int) -> None:
+        """See Source: there is nothing to be read."""

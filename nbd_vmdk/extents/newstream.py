@@ -204,6 +204,9 @@ class NewStreamExtent(WritableExtent):
                 self._read_packed(piece, index, at + done)
             done += count
 
+    def advise(self, at: int, length: int) -> None:
+        """See Source: what has just been written is in memory, of this process or of the kernel."""
+
     def _read_packed(self, piece: memoryview, index: int, at: int) -> None:
         table = self._writer.tables.get(index // self._entries)
         if table is None or not table[index % self._entries]:
