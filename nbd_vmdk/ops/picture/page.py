@@ -18,10 +18,11 @@ from itertools import groupby
 from typing import Final
 
 from nbd_vmdk.disk import Disk
+from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.picture.bins import bin_width
 from nbd_vmdk.ops.picture.links import chain, link_parts
 from nbd_vmdk.ops.picture.markup import Part, colour, percent, plain, short, strip, swatch, text
-from nbd_vmdk.ops.picture.survey import Progress, Survey, survey
+from nbd_vmdk.ops.picture.survey import Survey, survey
 from nbd_vmdk.units import format_size
 
 #: Bins at most of the largest link; a strip is about as many points wide.

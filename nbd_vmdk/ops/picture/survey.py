@@ -4,17 +4,16 @@ Every run of the disk, and for the whole picture of every link, is looked at onc
 memory depends on the bins and the links alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.extents.base import Kind, Mapping, Source
 from nbd_vmdk.link import Link
+from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.picture.bins import Bins
 
-#: Told bytes looked at, and how many there are.
-Progress = Callable[[int, int], None]
-#: Runs between two calls of it.
+#: Runs between two calls of ``progress``.
 _TELL_EVERY = 4096
 
 

@@ -13,7 +13,7 @@ streamOptimized files can't change; convert makes another.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,6 +27,7 @@ from nbd_vmdk.link import NOTHING, LinkExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, random_cid
 from nbd_vmdk.ondisk.descriptor_build import geometry_for
 from nbd_vmdk.ondisk.descriptor_text import HEX32
+from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.resize.changes import Change, grow_file, is_zero
 from nbd_vmdk.ops.resize.extents import grown_lines, kept_lines, leftovers, make_extents
 from nbd_vmdk.ops.resize.tables import grow_cowd, grow_hosted, shrink_cowd, shrink_hosted
@@ -38,7 +39,6 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR, align_up, format_size
 
-Progress = Callable[[int, int], None]
 _PIECE: Final = MIB
 _MAX_IDE: Final = 16383
 
