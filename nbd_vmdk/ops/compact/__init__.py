@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import WriteRefused
@@ -28,16 +28,14 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.ops.check.findings import Severity
 from nbd_vmdk.ops.check.runner import check_image
+from nbd_vmdk.ops.compact.blocks import block_of
+from nbd_vmdk.ops.compact.rewriting import rewrite_link
 from nbd_vmdk.ops.compact.unused import Unused, occupied_in
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.merge import LinkSource
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.units import KIB, MIB
-
-_LEAST_BLOCK: Final = 4 * KIB
-_MOST_BLOCK: Final = 16 * MIB
 
 
 @dataclass(slots=True)
@@ -96,8 +94,6 @@ def compact(
     found = Compacted(link.label, rewrite, files.occupied_by(link))
     _refuse_damage(place)
     if rewrite and not dry_run:
-        from nbd_vmdk.ops.compact.rewriting import rewrite_link  # which needs this module
-
         if not rewrite_link(place, level=level, progress=progress, threads=threads):
             found.notes.append("it is left as it was: compressed anew it would be no smaller")
     else:
@@ -162,12 +158,6 @@ def _open(place: files.Place, *, write: bool) -> Disk:
     )
     with files.writable_wanted():
         return open_in(place.link.folder, place.link.name, chosen)
-
-
-def block_of(link: Link) -> int:
-    """The size of the pieces that are looked at for zeros: whole grains, if they are not huge."""
-    block = max(link.grain, _LEAST_BLOCK)
-    return block if block <= _MOST_BLOCK else MIB
 
 
 class _Own:

@@ -21,7 +21,7 @@ from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import Link, LinkExtent
 from nbd_vmdk.ondisk import cowd, cowd_build, hosted_build, stream_build
 from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, new_layout
-from nbd_vmdk.ops.compact import block_of
+from nbd_vmdk.ops.compact.blocks import block_of
 from nbd_vmdk.ops.convert import Work, fill_stream, new_file
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.rewrite import real_path
