@@ -270,6 +270,7 @@ class Disk:
         for places, is_data in self._edges(offset, length, 0):
             if not found:
                 first = is_data
+            # Pieces take turns, so the last of an odd number of them is like the first.
             elif is_data is (first is (len(found) % 2 == 1)):
                 places = places[1:]  # it goes on as before
             found += places

@@ -1,7 +1,7 @@
 """What a user may ask for when an image is opened: one set of names for all doors.
 
 The Python API takes them as keywords, the command line as ``--option-name`` and the nbdkit plugin as
-``option-name=value``.
+``option-name=value``; of ``allow_dirs`` both take one at a time, ``allow-dir``.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""streamOptimized extents: compressed grains, read through the tables or, for salvage, by their markers.
+"""streamOptimized extents: compressed grains, read through the tables.
 
-A compressed grain can't be overwritten in place, so the extent is read only.  A mapping of kind PACKED
-names the inflater as its source and counts in the extent's own bytes, so the read loop treats packed data
-as any other.
+A compressed grain can't be overwritten in place, so the extent is read only; a new, empty one is filled by
+newstream.py, and what is left of a damaged one is read by salvage.py.  A mapping of kind PACKED names the
+inflater as its source and counts in the extent's own bytes, so the read loop treats packed data as any other.
 """
 
 import struct

@@ -63,8 +63,8 @@ def changed_since(
 
     What lies beyond the link's end, or came back into sight because a link between them was smaller, is
     among them.  With ``compare`` both are read and only sectors that do differ are told; beyond its end the
-    link's disk then counts as zeros.  ``progress`` is told bytes that
-    were compared, and the disk's size.  Raises what reading raises.
+    link's disk then counts as zeros.  ``progress`` is told bytes that were compared, and the disk's size.
+    Raises what reading raises.
     """
     ranges = merged(_held(disk, 0, disk.size, 0, depth))
     if not compare or depth == 0:

@@ -52,8 +52,7 @@ class Server:
     server answers and holds nbdkit's process ID, that of the first worker.
 
     ``workers`` is how many processes there are; more than one need ``read_only``, and a plugin that knows
-    what to do with ``share=PATH``.  If one ends and is not
-    started again, the others are ended as well.
+    what to do with ``share=PATH``.  If one ends and is not started again, the others are ended as well.
 
     ``warnings`` are what is known already to be odd about the images; if it is given, what nbdkit warns of
     while it starts is not logged again.  ``opening`` is how many seconds opening them is known to take.

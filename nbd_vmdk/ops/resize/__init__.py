@@ -83,10 +83,10 @@ def resize(
 
     Sizes are rounded up to whole sectors.  With ``shrink`` data behind the new end may be lost; with
     ``reserve`` files without tables take the space of what is added at once; ``progress`` is told how much of
-    what will be cut off has been looked at.  ``options`` are allow_dirs and drop_ctk of
-    OpenOptions.  Raises WriteRefused for a link that has children or a kind that can't change, OptionError
-    for a size that can't be, InUse; then nothing has changed.  After any later error, and after a kill, the
-    same call goes on.
+    what will be cut off has been looked at.  ``options`` are allow_dirs and drop_ctk of OpenOptions.
+
+    Raises WriteRefused for a link that has children or a kind that can't change, OptionError for a size that
+    can't be, InUse; then nothing has changed.  After any later error, and a kill, the same call goes on.
     """
     place = files.Place(path, files.opening(options), mend=not dry_run)
     link = place.link

@@ -78,9 +78,8 @@ def _next_name(name: str, main: str, type_word: str, number: int) -> str:
 def make_extents(link: Link, lines: Sequence[ExtentLine], *, reserve: bool) -> list[Change]:
     """The step that makes the files of new extents like the last one of ``link``.
 
-    With ``reserve`` the space of files without tables is taken at once.
-    Raises FileExists if one is there, but for an empty one that no descriptor names: an earlier attempt left
-    it.
+    With ``reserve`` the space of files without tables is taken at once.  Raises FileExists if one is there,
+    but for an empty one that no descriptor names: an earlier attempt left it.
     """
     like = link.extents[-1].extent
     if not isinstance(like, (HostedExtent, FlatExtent)):
