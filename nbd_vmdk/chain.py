@@ -7,6 +7,7 @@ alone; VMware and we check that the parent still has the content ID that the chi
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import (
@@ -222,11 +223,17 @@ def find_child(folder: Folder, name: str, cid: int) -> str | None:
     """A link in ``folder`` whose parent is the link ``name`` with this content ID, None if there is none."""
     own = last_component(name)
     for sibling, other in descriptors_in(folder):
-        if (
-            sibling != own
-            and other.has_parent
-            and other.parent_cid == cid
-            and (other.parent_hint is None or last_component(other.parent_hint) == own)
-        ):
-            return sibling
+        if sibling != own and other.has_parent and other.parent_cid == cid:
+            hint = other.parent_hint
+            if hint is None or last_component(hint) == own or _is_same(folder, last_component(hint), own):
+                return sibling
     return None
+
+
+def _is_same(folder: Folder, one: str, other: str) -> bool:
+    """Whether two names are of one file: one may be a link to the other."""
+    try:
+        with closing(folder.open(one)) as first, closing(folder.open(other)) as second:
+            return first.identity == second.identity
+    except VmdkError:
+        return False

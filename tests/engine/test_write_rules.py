@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nbd_vmdk import Disk, VmdkError, open_disk
+from nbd_vmdk import Disk, VmdkError, create_image, open_disk
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import InUse, NotFast, OutOfRange, StorageError, WriteRefused
 from nbd_vmdk.extents.base import Kind
@@ -581,6 +581,15 @@ def test_parent_is_protected_in_a_full_folder(tmp_path: Any) -> None:
         (tmp_path / f"other-s{number:03}.vmdk").touch()
         (tmp_path / f"another {number}.vmdk").touch()
     assert "the-child.vmdk" in str(refused(base.path, WriteRefused, writable=True))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_parent_is_protected_by_whatever_name(tmp_path: Any, link: Any) -> None:
+    base = hosted(tmp_path, "base")
+    link(base.path, tmp_path / "alias.vmdk")
+    create_image(tmp_path / "child.vmdk", parent=tmp_path / "alias.vmdk")
+    for name in ("base.vmdk", "alias.vmdk"):
+        assert "child.vmdk" in str(refused(str(tmp_path / name), WriteRefused, writable=True))
 
 
 def test_child_of_another_disk_protects_nothing(tmp_path: Any) -> None:
