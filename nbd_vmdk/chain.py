@@ -26,20 +26,23 @@ from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, is_absolute, last_
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.vm import locate
+from nbd_vmdk.vm import FoundDisk, locate
 
 #: VMware allows 32 snapshots; linked clones of clones add to that.
 MAX_LINKS = 128
 
 
-def open_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) -> list[Link]:
+def open_chain(
+    folder: Folder, name: str, options: OpenOptions, cache: Cache, overlaid: FoundDisk | None = None
+) -> list[Link]:
     """Open the link ``name`` and all its parents, top first; parents are only ever opened for reading.
 
+    ``overlaid`` is the disk that the link is an overlay of: its parent, found already, whatever its kind.
     Raises VmdkError of every sort; then nothing stays open.
     """
     links: list[Link] = []
     try:
-        links.extend(follow_chain(folder, name, options, cache))
+        links.extend(follow_chain(folder, name, options, cache, overlaid))
     except BaseException:
         for link in links:
             link.close()
@@ -47,14 +50,16 @@ def open_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) ->
     return links
 
 
-def follow_chain(folder: Folder, name: str, options: OpenOptions, cache: Cache) -> Iterator[Link]:
+def follow_chain(
+    folder: Folder, name: str, options: OpenOptions, cache: Cache, overlaid: FoundDisk | None = None
+) -> Iterator[Link]:
     """Open one link after the other, top first, until the base or an error; the caller closes them."""
     link = top = open_link(folder, name, options, cache, writable=options.writable)
     yield top
     if options.writable and top.writable:
         _protect(folder, name, top, options)
     seen = {top.storages[0].identity}
-    while (parent := _open_parent(link, options, cache, is_top=link is top)) is not None:
+    while (parent := _open_parent(link, options, cache, overlaid, is_top=link is top)) is not None:
         yield parent
         identity = parent.storages[0].identity
         if identity in seen:
@@ -90,17 +95,19 @@ def _compare_sizes(child: Link, parent: Link) -> None:
         child.warnings.append(f"{child.name}: smaller than its parent, whose tail is not visible")
 
 
-def _open_parent(child: Link, options: OpenOptions, cache: Cache, *, is_top: bool) -> Link | None:
+def _open_parent(
+    child: Link, options: OpenOptions, cache: Cache, overlaid: FoundDisk | None, *, is_top: bool
+) -> Link | None:
     """The parent of a link, None for a base."""
     descriptor = child.descriptor
-    found = options.overlaid if is_top else None
+    found = overlaid if is_top else None
     if is_top and options.parent is not None:
         found = locate(options.parent, allow_dirs=options.allow_dirs, allow_devices=options.allow_devices)
     if found is not None:
         parent = open_link(found.folder, found.file, options, cache, writable=False)
         if descriptor is not None and descriptor.has_parent:
             _check_cid(child, descriptor, parent, options)
-        elif descriptor is not None and found is not options.overlaid:
+        elif descriptor is not None and found is not overlaid:
             child.warnings.append(
                 f"{child.name}: has no parent by itself; {parent.name} shows through its holes"
             )

@@ -468,7 +468,18 @@ def open_found(found: FoundDisk, options: OpenOptions, cache: Cache | None = Non
     return disk
 
 
-def open_in(folder: Folder, name: str, options: OpenOptions, cache: Cache | None = None) -> Disk:
-    """Open the VMDK ``name`` of ``folder`` and its whole chain, with a cache of its own or a shared one."""
+def open_in(
+    folder: Folder,
+    name: str,
+    options: OpenOptions,
+    cache: Cache | None = None,
+    *,
+    overlaid: FoundDisk | None = None,
+) -> Disk:
+    """Open the VMDK ``name`` of ``folder`` and its whole chain, with a cache of its own or a shared one.
+
+    For ``overlaid`` see open_chain.
+    """
     cache = cache or Cache(options.cache_size)
-    return Disk(open_chain(folder, name, options, cache), cache, writable=options.writable)
+    links = open_chain(folder, name, options, cache, overlaid)
+    return Disk(links, cache, writable=options.writable)

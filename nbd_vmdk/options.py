@@ -6,12 +6,8 @@ The Python API takes them as keywords, the command line as ``--option-name`` and
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nbd_vmdk.units import MIB
-
-if TYPE_CHECKING:
-    from nbd_vmdk.vm import FoundDisk
 
 DEFAULT_CACHE_SIZE = 64 * MIB
 
@@ -29,7 +25,6 @@ class OpenOptions:
     write_parent  write although another link in the folder names this one as its parent
     drop_ctk      remove the change-tracking lines that writing would turn into a lie
     locks         keep other processes from writing it meanwhile; without, they are only looked for
-    overlaid      the disk that the top link is an overlay of: its parent, already found, whatever kind it is
     cache_size    bytes for tables and inflated grains, shared by all that is opened together
     """
 
@@ -43,4 +38,3 @@ class OpenOptions:
     drop_ctk: bool = False
     cache_size: int = DEFAULT_CACHE_SIZE
     locks: bool = True
-    overlaid: "FoundDisk | None" = None

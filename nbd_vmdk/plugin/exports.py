@@ -102,7 +102,7 @@ def _open(found: FoundDisk, overlay: str | None, options: OpenOptions, cache: Ca
     if found.fault is not None:
         raise found.fault
     top = locate(overlay)
-    disk = open_in(top.folder, top.file, replace(options, overlaid=found), cache)
+    disk = open_in(top.folder, top.file, options, cache, overlaid=found)
     disk.links[0].warnings[:0] = found.warnings
     return disk
 
