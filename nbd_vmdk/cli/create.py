@@ -75,7 +75,7 @@ def create(image: str, size: int | None, as_json: bool, **options: Any) -> int:
     with progress("writing zeros") as told:
         made = create_image(image, size, progress=told, **options)
     for warning in made.warnings:
-        output.message("warning", warning)
+        output.log.warning("%s", warning)
     for note in made.notes:
         output.message("note", note)
     if as_json:

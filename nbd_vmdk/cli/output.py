@@ -93,7 +93,16 @@ def error(what: VmdkError) -> None:
 
 
 class Messages(logging.Handler):
-    """Shows what is logged as messages on stderr, while it is entered."""
+    """Shows what is logged as messages on stderr, while it is entered.
+
+    A warning of the engine's or of a verb's says what a file is like: many verbs open one more than once, as
+    a parent of two images or to plan first, and it is told only once.  What a server logs are events, each
+    of which is told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
 
     def __enter__(self) -> None:
         log.addHandler(self)
@@ -107,7 +116,12 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
-        message(getattr(record, "word", record.levelname.lower()), record.getMessage())
+        text = record.getMessage()
+        if record.name == log.name and record.levelno == logging.WARNING:
+            if text in self._told:
+                return
+            self._told.add(text)
+        message(getattr(record, "word", record.levelname.lower()), text)
 
 
 def json_object(content: Mapping[str, object]) -> None:

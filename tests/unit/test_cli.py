@@ -867,3 +867,36 @@ def test_a_kind_that_can_not_be_written_says_so(disk: Path, tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1
     quiet = vmdk("serve", "-r", "--run", "true", packed)
     assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+def test_what_is_odd_about_a_file_is_told_once(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verbs that open a file more than once: two chains with one parent, a plan before the work."""
+    child, other = tmp_path / "child.vmdk", tmp_path / "other.vmdk"
+    for each in (child, other):
+        assert main(["snapshot", "create", str(disk), str(each)]) == 0
+    with open(disk, "r+b") as file:
+        file.seek(72)  # uncleanShutdown
+        file.write(b"\1")
+    (tmp_path / "vm.vmx").write_text('scsi0:0.present = "TRUE"\nscsi0:0.fileName = "C:\\vms\\child.vmdk"\n')
+    unclean = f"warning: {disk}: it was not closed cleanly the last time it was written"
+    beside = f"warning: {tmp_path}/vm.vmx: child.vmdk beside it is taken for C:\\vms\\child.vmdk"
+    for line, told in (
+        (["compare", child, other], unclean),
+        (["snapshot", "commit", "--break-children", tmp_path / "vm.vmx"], beside),
+    ):
+        capsys.readouterr()
+        assert main([str(word) for word in line]) == 0
+        assert capsys.readouterr().err.splitlines().count(told) == 1
+
+
+def test_what_happens_to_a_server_is_told_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    server = output.log.getChild("serving.server")
+    with output.Messages():
+        for log in (output.log, output.log, server, server):
+            log.warning("nbdkit was started again")
+    assert capsys.readouterr().err == "warning: nbdkit was started again\n" * 3
+    with output.Messages():  # of the next command line in this process
+        output.log.warning("nbdkit was started again")
+    assert capsys.readouterr().err == "warning: nbdkit was started again\n"
