@@ -25,6 +25,10 @@ allow_dir_option = click.option(
 edit_vm_option = click.option(
     "--edit-vm", is_flag=True, help="Change the lines that name it in the .vmx and .vmsd files beside it."
 )
+#: The same for verbs that leave the snapshots of machines alone.
+edit_vmx_option = click.option(
+    "--edit-vm", is_flag=True, help="Change the line that names it as a machine's disk in the .vmx beside it."
+)
 
 
 def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dry_run: bool = False) -> None:

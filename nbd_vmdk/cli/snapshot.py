@@ -13,6 +13,7 @@ from nbd_vmdk.cli.managing import (
     drop_ctk_option,
     dry_run_option,
     edit_vm_option,
+    edit_vmx_option,
     tell_machines,
 )
 from nbd_vmdk.cli.opening import ImagePath, image_argument, json_option
@@ -53,7 +54,7 @@ def snapshot() -> None:
 )
 @click.option("--type", "kind", metavar="KIND", help="The kind of the child, if not the one that fits.")
 @click.option("--protect", is_flag=True, help="Take the permission to write from all files of IMAGE.")
-@edit_vm_option
+@edit_vmx_option
 @allow_dir_option
 @json_option
 @image_argument
@@ -64,6 +65,9 @@ def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **option
     Without CHILD it is called as VMware would call it (disk-000001.vmdk, the next free number).  A folder as
     CHILD gets a linked clone.  IMAGE may be a machine: VM.vmx, or VM.vmx:scsi0:0 for one of several disks.
     The new top of the chain is printed.
+
+    VMware's list of snapshots (.vmsd) gets no entry: that takes a state of the whole machine, which only
+    VMware can write.  'snapshot delete --edit-vm' goes back.
     """
     from nbd_vmdk.ops.snapshot.create import create_child
 
@@ -260,31 +264,35 @@ def rebase(
 
 @snapshot.command(short_help="Show what removing a link would do; with --apply, remove it.")
 @click.option("--apply", is_flag=True, help="Remove it.")
+@edit_vmx_option
 @drop_ctk_option
 @allow_dir_option
 @_allow_devices
 @json_option
 @click.argument("link", type=ImagePath())
-def delete(link: str, apply: bool, as_json: bool, **options: Any) -> int:
+def delete(link: str, apply: bool, edit_vm: bool, as_json: bool, **options: Any) -> int:
     """Show what removing LINK would do.  With --apply, remove it and all its files.
 
     Links that stand on it get its parent instead, after what they show of LINK has been copied into them.
     What a link holds on which nothing stands is lost.  A base with children is refused: commit a child into
-    it instead.
+    it instead.  A link that a machine writes to is refused, too; with --edit-vm the machine goes back to the
+    parent, if it may write to that: if nothing else stands on it and no snapshot froze it.
     """
     from nbd_vmdk.ops.snapshot.delete import delete_link
 
     with progress("copying") as told:
-        found = delete_link(link, apply=False, progress=None if apply else told, **options)
+        found = delete_link(link, edit_vm=edit_vm, progress=None if apply else told, **options)
         _tell_removal(found)
         if apply:
-            found = delete_link(link, apply=True, progress=told, **options)
+            found = delete_link(link, apply=True, edit_vm=edit_vm, progress=told, **options)
     if as_json:
         output.json_object({"applied": apply, **found.as_dict()})
         return 0
     for path in found.removes:
         output.line(f"{'removed' if apply else 'to be removed'}: {output.clean(path)}")
     sys.stdout.flush()
+    if edit_vm:
+        tell_machines(found.machines, found.link.label, edited=True, dry_run=not apply)
     if not apply:
         output.message("note", "--apply does it")
     return 0

@@ -13,7 +13,7 @@ import pytest
 
 from nbd_vmdk import convert
 from nbd_vmdk.cli import main
-from nbd_vmdk.errors import FormatError, InUse, NotVmdk, OptionError, Unsupported
+from nbd_vmdk.errors import FormatError, InUse, NotVmdk, OptionError, Unsupported, WriteRefused
 from nbd_vmdk.ops.compact import compact
 from nbd_vmdk.ops.linkset.clone import clone
 from nbd_vmdk.ops.linkset.delete import delete
@@ -21,6 +21,7 @@ from nbd_vmdk.ops.linkset.rename import rename
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.ops.snapshot.commit import commit
 from nbd_vmdk.ops.snapshot.create import create_child
+from nbd_vmdk.ops.snapshot.delete import delete_link
 from nbd_vmdk.ops.snapshot.listing import list_links
 from nbd_vmdk.vm import locate
 from tests.snapshot import (
@@ -214,4 +215,81 @@ def test_killed_the_machine_has_a_whole_disk(quick_path: Path) -> None:
             commit(child, edit_vm=True, threads=1)
         assert locate(vmx).file == BASE
         assert shows(folder / BASE) == expected
+    pytest.fail("it never ended")
+
+
+def test_the_machine_goes_back_to_the_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path)
+    scribble(base, 1)
+    expected = shows(base)
+    vmx = machine(tmp_path, "C:\\vms\\" + BASE)
+    before = vmx.read_bytes()
+    scribble(Path(create_child(vmx, edit_vm=True).path), 2)
+    with pytest.raises(WriteRefused, match=r"the disk of vm\.vmx scsi0:0") as caught:
+        delete_link(vmx, apply=True)
+    assert "--edit-vm" in str(caught.value.hint)
+    now = vmx.read_bytes()
+    assert main(["snapshot", "delete", str(tmp_path / MIDDLE), "--edit-vm"]) == 0
+    assert "vm.vmx would say" in capsys.readouterr().err
+    assert (vmx.read_bytes(), names_in(tmp_path)) == (now, {BASE, MIDDLE, "vm.vmx"})
+    assert main(["snapshot", "delete", str(vmx), "--edit-vm", "--apply", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["machines"]
+    assert [(line["key"], line["new"]) for line in told] == [("scsi0:0.fileName", "C:\\vms\\" + BASE)]
+    assert (vmx.read_bytes(), names_in(tmp_path)) == (before, {BASE, "vm.vmx"})
+    assert shows(Path(locate(vmx).path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ("none", "no parent to go back to"),
+        ("child", r"other\.vmdk stands on it, too"),
+        ("grandchild", r"other\.vmdk stands on it, too"),
+        ("frozen", 'the snapshot "" froze it'),
+        ("machine", r"the disk of second\.vmx scsi0:0"),
+        ("far", "in another folder"),
+        ("open", "VMware's lock"),
+    ],
+)
+def test_the_machine_can_not_go_back(tmp_path: Path, other: str, why: str) -> None:
+    """Its parent is nobody's to write to, or there is none."""
+    base = make_base(tmp_path)
+    vmx = machine(tmp_path, BASE, frozen=BASE if other == "frozen" else None)
+    if other == "machine":
+        (tmp_path / "second.vmx").write_bytes(vmx.read_bytes())
+    if other == "far":
+        (tmp_path / "far").mkdir()
+        child = Path(create_child(base, tmp_path / "far" / "x.vmdk").path)
+        vmx = machine(tmp_path / "far", "x.vmdk")
+    elif other != "none":
+        child = Path(create_child(base).path)
+        machine(tmp_path, child.name, frozen=BASE if other == "frozen" else None)
+    if other in ("child", "grandchild"):
+        create_child(base if other == "child" else child, tmp_path / "other.vmdk")
+    if other == "open":
+        lock(vmx)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    allowed = {"allow_dirs": (tmp_path,)} if other == "far" else {}
+    with pytest.raises((WriteRefused, InUse), match=why):
+        delete_link(vmx, apply=True, edit_vm=True, **allowed)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_killed_while_the_machine_goes_back(quick_path: Path) -> None:
+    """What the .vmx names is always there: the link or its parent."""
+    for step in range(100):
+        folder = quick_path / f"{step}"
+        folder.mkdir()
+        make_base(folder, "twoGbMaxExtentSparse", size=64 * 1024)
+        vmx = machine(folder, BASE)
+        child = create_child(vmx, edit_vm=True).path
+        killed = killed_at(step, lambda vmx=vmx: delete_link(vmx, apply=True, edit_vm=True))
+        found = locate(vmx)
+        assert shows(Path(found.path)) == bytes(64 * 1024)
+        if not killed:
+            assert (found.file, names_in(folder)) == (BASE, {BASE, "disk-s001.vmdk", "vm.vmx"})
+            return
+        if os.path.exists(child):
+            delete_link(child, apply=True, edit_vm=True)
+        assert locate(vmx).file == BASE
     pytest.fail("it never ended")

@@ -7,7 +7,11 @@ permissions; it is held from before the first thing is done to the link.  While 
 product of VMware's (``vm.vmx.lck``) its files are not changed: it would write them anew from what it
 remembers.
 
-What is not done: snapshots are not entered in a .vmsd, nor taken out of it.
+What is not done: snapshots are not entered in a .vmsd, nor taken out of it.  An entry names the state of the
+whole machine (.vmsn), which its products need to go back to it, to clone from it and to remove it; the layout
+of that is not published, and an entry without one is a snapshot that can't be used.  An entry is also one of
+all disks of the machine, and our verbs freeze one.  A machine without the entry is whole: its .vmx names the
+child, whose descriptor names the rest.  Giving a link another parent changes no line: no name changes.
 """
 
 import os
