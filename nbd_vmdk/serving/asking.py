@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +28,7 @@ _WORKER = re.compile(re.escape(SUFFIX) + r"-[0-9]+\Z")
 
 _PATIENCE = 10.0
 _NOT_COUNTED = "start it with --stats, and it counts"
+_HOW_NAMED = "a server is named by its socket, its URI or its process ID"
 
 
 def sockets_of_workers(path: str, count: int) -> list[str]:
@@ -179,6 +181,7 @@ def _sockets_of(where: str) -> list[str]:
         if not path:
             hint = "a server on a port is asked by its process ID"
             raise OptionError(where, why="names no socket", hint=hint)
+    _check_socket(path)
     if _WORKER.search(path):
         return [path]
     told = path if path.endswith(SUFFIX) else path + SUFFIX
@@ -187,7 +190,18 @@ def _sockets_of(where: str) -> list[str]:
         return [told, *sorted(others, key=lambda each: (len(each), each))]
     if os.path.exists(path):
         raise OptionError(path, why="its server does not count", hint=_NOT_COUNTED)
-    raise OptionError(path, why="there is no such socket", hint="name the socket or process of a server")
+    raise OptionError(path, why="there is no such socket", hint=_HOW_NAMED)
+
+
+def _check_socket(path: str) -> None:
+    """Raise OptionError for what is there and is no socket: an image, numbers that were saved in a file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # what follows says what is wrong
+    if not stat.S_ISSOCK(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a file"
+        raise OptionError(path, why=f"is {what}, and no server's socket", hint=_HOW_NAMED)
 
 
 def _sockets_of_process(pid: int) -> list[str]:

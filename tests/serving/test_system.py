@@ -315,6 +315,10 @@ def test_who_does_not_count(disk: Path, tmp_path: Path) -> None:
             assert "--stats" in done.stderr
     for name in (tmp_path / "nothing", "nbd://localhost", "99999999"):
         vmdk("stats", name, code=2)
+    saved = tmp_path / "saved.stats"
+    saved.write_text("{}")
+    for name, what in ((disk, "a file"), (saved, "a file"), (tmp_path, "a folder")):
+        assert f"{name}: is {what}, and no server's socket" in vmdk("stats", name, code=2).stderr
     vmdk("stats", tmp_path / "s", "--json", "--prometheus", code=2)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "x.stats"))
