@@ -17,8 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class ImagePath(click.Path):
     """An image, or a file of another sort, as the user names it.
 
-    Whether it is there and may be read is the engine's to say; only that a URL is none is said here.  With
-    ``exports`` those of NBD exports are taken as well.
+    Whether it is there and may be read is the engine's to say; only that a URL is none is said here, and
+    that a slash at the end means a folder.  With ``exports`` those of NBD exports are taken as well.
     """
 
     def __init__(self, *, exports: bool = False) -> None:
@@ -26,7 +26,7 @@ class ImagePath(click.Path):
         self._exports = exports
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See ParamType; OptionError for a URL."""
+        """See ParamType; OptionError for a URL, and for a file that is named as if it were a folder."""
         if isinstance(value, str) and "://" in value and not os.path.lexists(value):
             from nbd_vmdk.converting.targets import is_uri
 
@@ -37,6 +37,11 @@ class ImagePath(click.Path):
             if not self._exports:
                 hint = f"make an image of it first: nbd-vmdk convert {shlex.quote(value)} new.vmdk"
                 raise OptionError(value, why="an NBD export, and no file", hint=hint)
+        if isinstance(value, str) and value.endswith("/"):
+            plain = value.rstrip("/")
+            if os.path.exists(plain) and not os.path.isdir(plain):
+                hint = f"without the slash at its end: {shlex.quote(plain)}"
+                raise OptionError(value, why="is a file, and no folder", hint=hint)
         return super().convert(value, param, ctx)
 
 

@@ -869,6 +869,18 @@ def test_a_kind_that_can_not_be_written_says_so(disk: Path, tmp_path: Path) -> N
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "line", [["info"], ["delete"], ["compare", "x.vmdk"], ["create", "c.vmdk", "--parent"]]
+)
+def test_a_file_is_no_folder(line: list[str], disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*line, f"{disk}//"]) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: {disk}//: is a file, and no folder\nhint: without the slash at its end: {disk}\n"
+    assert disk.exists()
+    disk.with_suffix(".raw").unlink()
+    assert main(["info", f"{disk.parent}/"]) == 0
+
+
 def test_what_is_odd_about_a_file_is_told_once(
     disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
