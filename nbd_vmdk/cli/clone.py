@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option
+from nbd_vmdk.cli.managing import allow_dir_option, as_given, dry_run_option
 from nbd_vmdk.cli.opening import ImagePath, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
@@ -56,7 +56,7 @@ def clone(
         return 0
     if dry_run:
         for before, after in done.files:
-            output.line(f"{output.clean(before)} -> {output.clean(after)}")
+            output.line(f"{as_given(before, source, *allow_dirs)} -> {output.clean(after)}")
         output.message("note", f"{format_size(done.bytes)} in files, holes among them")
     else:
         output.line(output.clean(done.image))

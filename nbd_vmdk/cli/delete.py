@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option
+from nbd_vmdk.cli.managing import allow_dir_option, as_given, dry_run_option
 from nbd_vmdk.cli.opening import image_argument, json_option
 
 
@@ -29,7 +29,8 @@ def delete(image: str, dry_run: bool, as_json: bool, **options: Any) -> int:
         output.json_object({"done": not dry_run, **done.as_dict()})
         return 0
     for path in done.removes:
-        output.line(f"{'to be removed' if dry_run else 'removed'}: {output.clean(path)}")
+        shown = as_given(path, image, *options["allow_dirs"])
+        output.line(f"{'to be removed' if dry_run else 'removed'}: {shown}")
     sys.stdout.flush()
     for user in done.users:
         output.message("note", f"{user} names it, and will not find it")

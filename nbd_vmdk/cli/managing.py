@@ -1,5 +1,6 @@
 """Options of the verbs that change whole images: resize, compact, rename, clone, delete, snapshot."""
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -41,3 +42,19 @@ def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dr
             output.message("note", f"{each.file} {'would say' if dry_run else 'says'} {line} now")
         else:
             output.message("note", f"{each.file} must say {line} now; --edit-vm does that")
+
+
+def as_given(path: str, *given: str) -> str:
+    """A file's real path as one would write it who named the files or folders ``given``, fit to be shown.
+
+    What is in none of their folders is shown as it is.
+    """
+    from nbd_vmdk.vm import container_of
+
+    for word in given:
+        container = container_of(word)
+        folder = container if os.path.isdir(container) else os.path.dirname(container)
+        real = os.path.realpath(folder or os.curdir)
+        if os.path.commonpath((path, real)) == real:
+            return output.clean(os.path.normpath(os.path.join(folder, os.path.relpath(path, real))))
+    return output.clean(path)

@@ -6,7 +6,13 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option, edit_vm_option, tell_machines
+from nbd_vmdk.cli.managing import (
+    allow_dir_option,
+    as_given,
+    dry_run_option,
+    edit_vm_option,
+    tell_machines,
+)
 from nbd_vmdk.cli.opening import ImagePath, json_option
 from nbd_vmdk.cli.progress import progress
 
@@ -32,7 +38,7 @@ def rename(old: str, new: str, edit_vm: bool, dry_run: bool, as_json: bool, **op
         output.json_object({"done": not dry_run, **done.as_dict()})
         return 0
     for before, after in done.files:
-        output.line(f"{output.clean(before)} -> {output.clean(after)}")
+        output.line(f"{as_given(before, old, *options['allow_dirs'])} -> {as_given(after, new, old)}")
     sys.stdout.flush()
     for child in done.children:
         output.message("note", f"{child} {'would be' if dry_run else 'was'} told the new name of its parent")

@@ -10,6 +10,7 @@ import click
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.managing import (
     allow_dir_option,
+    as_given,
     drop_ctk_option,
     dry_run_option,
     edit_vm_option,
@@ -176,7 +177,7 @@ def commit(
     from nbd_vmdk.ops.snapshot.commit import plan_commit
 
     plan = plan_commit(child, keep=keep, **options)
-    _tell_plan(plan)
+    _tell_plan(plan, [as_given(path, child, *options["allow_dirs"]) for path in plan.removes])
     if not dry_run:
         with progress("merging") as told:
             plan = run(
@@ -195,7 +196,7 @@ def commit(
     return 0
 
 
-def _tell_plan(plan: "Plan") -> None:
+def _tell_plan(plan: "Plan", removes: Sequence[str]) -> None:
     amount = plan.amount
     told = f"{format_size(amount.data)} to write, {format_size(amount.new)} of it in new space"
     output.message("note", f"{plan.child.label} goes into {plan.result}: {told}")
@@ -210,8 +211,8 @@ def _tell_plan(plan: "Plan") -> None:
         output.message("note", f"{link.label} will be invalid: it needs {plan.result} as it is now")
     for name in plan.snapshots:
         output.message("note", f'the snapshot "{name}" will be gone: it is what {plan.result} is now')
-    if plan.removes:
-        output.message("note", f"to be removed: {', '.join(plan.removes)}")
+    if removes:
+        output.message("note", f"to be removed: {', '.join(removes)}")
 
 
 @snapshot.command(short_help="Give a child another parent, without changing what it shows.")
@@ -289,7 +290,8 @@ def delete(link: str, apply: bool, edit_vm: bool, as_json: bool, **options: Any)
         output.json_object({"applied": apply, **found.as_dict()})
         return 0
     for path in found.removes:
-        output.line(f"{'removed' if apply else 'to be removed'}: {output.clean(path)}")
+        shown = as_given(path, link, *options["allow_dirs"])
+        output.line(f"{'removed' if apply else 'to be removed'}: {shown}")
     sys.stdout.flush()
     if edit_vm:
         tell_machines(found.machines, found.link.label, edited=True, dry_run=not apply)

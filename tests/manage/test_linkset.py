@@ -394,3 +394,49 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["delete", str(tmp_path / "copy.vmdk"), "--with-children", "--json"]) == 0
     assert not (tmp_path / "linked.vmdk").exists()
     assert shows(tmp_path / "new.vmdk") == expected
+
+
+def test_files_are_called_as_the_user_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "alias").symlink_to("out")
+    create_image(tmp_path / "in" / BASE, SIZE, kind="twoGbMaxExtentSparse")
+    make_child(tmp_path / "in" / BASE)
+    (tmp_path / "in" / "vm.vmx").write_text(f'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "../out/{BASE}"\n')
+    child, base = ["disk-000001-s001.vmdk", MIDDLE], ["disk-s001.vmdk", BASE]
+
+    def run(*words: str) -> list[str]:
+        assert main([*words]) == 0
+        told = capsys.readouterr()
+        assert str(tmp_path) not in told.out
+        return told.out.splitlines()
+
+    def all_in(folder: str, names: list[str]) -> list[str]:
+        return [f"to be removed: {folder}{name}" for name in names]
+
+    monkeypatch.chdir(tmp_path)
+    assert run("snapshot", "delete", f"in/{MIDDLE}") == all_in("in/", child)
+    assert main(["snapshot", "commit", f"in/{MIDDLE}", "--dry-run"]) == 0
+    assert f"to be removed: in/{child[0]}, in/{child[1]}" in capsys.readouterr().err
+    assert run("clone", f"in/{MIDDLE}", "out", "--dry-run") == [
+        f"in/{name} -> out/{name}" for name in (*child, *base)
+    ]
+    delete(f"in/{MIDDLE}")
+    assert run("rename", f"in/{BASE}", "out") == [f"in/{name} -> out/{name}" for name in base]
+    assert run("delete", f"alias/{BASE}", "--dry-run") == all_in("alias/", base)
+    words = ("delete", "in/vm.vmx:scsi0:0", "--allow-dir", "out", "--dry-run")
+    assert run(*words) == all_in("out/", base)
+    monkeypatch.chdir("in")
+    assert run("delete", f"../out/{BASE}", "--dry-run") == all_in("../out/", base)
+    assert run("rename", f"../out/{BASE}", "./x.vmdk") == [
+        "../out/disk-s001.vmdk -> x-s001.vmdk",
+        f"../out/{BASE} -> x.vmdk",
+    ]
+    assert run("delete", "x.vmdk") == ["removed: x-s001.vmdk", "removed: x.vmdk"]
+    # Where the user did not name the folder, only the whole path says where the file is.
+    create_image(tmp_path / "out" / BASE, SIZE)
+    (tmp_path / "in" / "x.vmdk").symlink_to(f"../out/{BASE}")
+    assert main(["delete", "x.vmdk", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"to be removed: {tmp_path}/out/{BASE}\n"
