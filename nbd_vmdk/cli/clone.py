@@ -42,6 +42,8 @@ def clone(
         made = create_child(source, target, **options)
         for warning in made.warnings:
             output.log.warning("%s", warning)
+        for note in made.notes:
+            output.message("note", note)
         if as_json:
             output.json_object({"done": True, "image": made.path, "linked": True})
         else:

@@ -75,6 +75,8 @@ def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **option
     made = create_child(image, child, edit_vm=edit_vm, **options)
     for warning in made.warnings:
         output.log.warning("%s", warning)
+    for note in made.notes:
+        output.message("note", note)
     if as_json:
         output.json_object(made.as_dict())
         return 0

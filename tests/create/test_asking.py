@@ -58,6 +58,38 @@ def test_a_product_gets_its_kind_and_a_reason(tmp_path: Path, product: str, kind
     sound(tmp_path / "disk.vmdk")
 
 
+@pytest.mark.parametrize(
+    ("parent", "options", "told"),
+    [
+        (None, {"kind": "monolithicSparse"}, None),
+        (None, {"kind": "twoGbMaxExtentSparse", "extent_size": MIB}, None),
+        (None, {"kind": "vmfsSparse"}, "destroys a delta"),
+        ("monolithicSparse", {}, None),
+        ("vmfs", {}, "destroys a delta"),
+        ("twoGbMaxExtentFlat", {}, None),  # all of it is in one extent
+        ("twoGbMaxExtentFlat", {"extent_size": MIB}, "in several extents"),
+        ("monolithicFlat", {"kind": "twoGbMaxExtentSparse", "extent_size": MIB}, "in several extents"),
+    ],
+)
+def test_what_qemu_spoils(
+    tmp_path: Path, parent: str | None, options: dict[str, Any], told: str | None
+) -> None:
+    """A note; a warning where QEMU is the product; nothing where another one is."""
+    if parent is not None:
+        create_image(tmp_path / "base.vmdk", 3 * MIB, kind=parent)
+        options = {**options, "parent": tmp_path / "base.vmdk"}
+    size = 3 * MIB if parent is None else None
+    made = create_image(tmp_path / "plain.vmdk", size, **options)
+    assert told is None or told in " ".join(made.notes)
+    assert any("QEMU" in note for note in made.notes) is (told is not None)
+    wanted = {"kind": made.create_type, **options, "product": "qemu"}
+    made = create_image(tmp_path / "qemu.vmdk", size, **wanted)
+    assert any("QEMU (7.2" in warning for warning in made.warnings) is (told is not None)
+    wanted["product"] = "esxi" if made.create_type == "vmfsSparse" else "workstation"
+    made = create_image(tmp_path / "other.vmdk", size, **wanted)
+    assert not any("QEMU" in text for text in (*made.notes, *made.warnings))
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "custom"])
 def test_a_kind_that_a_product_does_not_take(tmp_path: Path, product: str, kind: str) -> None:

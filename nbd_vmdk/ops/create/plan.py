@@ -88,6 +88,14 @@ def make_plan(path: str, size: int | None, options: CreateOptions, parent: Paren
     plan = Plan(kind=kind, size=size, notes=notes, warnings=warnings)
     _choose_hardware(plan, options, is_child=parent is not None)
     _plan_extents(plan, os.path.basename(path), options, parts)
+    products.tell_of_qemu(
+        product,
+        kind,
+        extents=len(plan.lines),
+        is_child=parent is not None,
+        note=notes.append,
+        warn=warnings.append,
+    )
     if product is not None:
         products.check_features(
             product,

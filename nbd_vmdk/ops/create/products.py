@@ -57,6 +57,14 @@ class Product:
 _NO_HOSTED: Final = "ESXi runs no disk of this kind before vmkfstools -i has imported it"
 _VIRTUALBOX_WORDS: Final = ("SPARSE", "FLAT", "VMFS", "ZERO")
 _VIRTUALBOX_READS: Final = f"it reads {', '.join(_VIRTUALBOX_WORDS)} and nothing else"
+#: Tried with QEMU 7.2.  A write where an ESXi delta has no table yet, and a new one has none, goes over the
+#: beginning of the file.  A new grain's bytes that a write leaves alone are copied from the parent, but from
+#: as far into that as the grain is into its extent.
+_SERVED: Final = "; what it writes through nbd-vmdk serve is right"
+_QEMU_COWD: Final = f"QEMU (7.2 at least) destroys a delta of this kind when it writes to it{_SERVED}"
+_QEMU_SPLIT: Final = (
+    "QEMU (7.2 at least) mixes up the parent's data when it writes to a child in several extents" + _SERVED
+)
 _NO_OTHER_OVA: Final = "appliances carry streamOptimized disks; importers take no other kind"
 
 PRODUCTS: Final = {
@@ -111,7 +119,7 @@ PRODUCTS: Final = {
         refused={"custom": "QEMU opens no disk with createType custom"},
         disliked={
             "streamOptimized": "QEMU writes each grain of a compressed disk once, and fails the second time",
-            "vmfsSparse": "QEMU writes it without keeping its freeSector right",
+            "vmfsSparse": _QEMU_COWD,
         },
         long_content_id=False,
         is_vmware=False,
@@ -176,6 +184,22 @@ def check_kind(product: Product, kind: Kind, *, parent: str | None, warn: Tell) 
         )
     if kind.name in product.disliked:
         warn(product.disliked[kind.name])
+
+
+def tell_of_qemu(
+    product: Product | None, kind: Kind, *, extents: int, is_child: bool, note: Tell, warn: Tell
+) -> None:
+    """Tell of what QEMU spoils when it writes to it, where the disk is not for another product.
+
+    What check_kind() warns of is only noted where it is for none.
+    """
+    if product is None and kind.word == "VMFSSPARSE":
+        note(_QEMU_COWD)
+    elif is_child and kind.word == "SPARSE" and extents > 1:
+        if product is None:
+            note(_QEMU_SPLIT)
+        elif product is PRODUCTS["qemu"]:
+            warn(_QEMU_SPLIT)
 
 
 def _need_child(product: Product) -> None:
