@@ -424,6 +424,10 @@ def test_files_are_called_as_the_user_does(
         f"in/{name} -> out/{name}" for name in (*child, *base)
     ]
     delete(f"in/{MIDDLE}")
+    Path("out", BASE).touch()
+    assert main(["rename", f"in/{BASE}", "out"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: out/{BASE}: it is there already")
+    Path("out", BASE).unlink()
     assert run("rename", f"in/{BASE}", "out") == [f"in/{name} -> out/{name}" for name in base]
     assert run("delete", f"alias/{BASE}", "--dry-run") == all_in("alias/", base)
     words = ("delete", "in/vm.vmx:scsi0:0", "--allow-dir", "out", "--dry-run")

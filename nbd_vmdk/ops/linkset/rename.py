@@ -205,7 +205,7 @@ class _Renaming:
                 continue
             if not self._is_near and (self._is_described() or self._is_left(old, new)):
                 continue
-            raise FileExists(new)
+            raise FileExists(os.path.join(os.path.dirname(self._path), os.path.basename(new)))
 
     def _is_left(self, old: str, new: str) -> bool:
         """Whether ``new`` is a copy of the extent ``old`` that nothing names: an earlier attempt's."""
