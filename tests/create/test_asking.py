@@ -354,7 +354,7 @@ def test_the_family_of_a_child(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHILDREN])
 def test_kinds_that_are_never_children(tmp_path: Path, kind: str) -> None:
     create_image(tmp_path / "base.vmdk", MIB)
-    with pytest.raises(OptionError, match=r"--parent is not for|put together from"):
+    with pytest.raises(OptionError, match=f"a child can't be {kind}: "):
         create_image(tmp_path / "child.vmdk", parent=tmp_path / "base.vmdk", kind=kind)
     with pytest.raises(OptionError, match="takes no child link"):
         create_image(tmp_path / "child.vmdk", parent=tmp_path / "base.vmdk", product="ova")

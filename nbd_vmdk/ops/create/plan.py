@@ -140,8 +140,11 @@ def _check_options(kind: Kind, options: CreateOptions) -> None:
             "its files grow with their content",
         ),
         ("--extent", options.extents, kind is CUSTOM, "only --type custom is put together from extents"),
-        ("--parent", options.parent, kind.child, "it has no holes for a parent to show through"),
     )
+    if options.parent and not kind.child:
+        why = f"a child can't be {kind.name}: no parent shows through a disk of that kind"
+        hint = "leave --parent out" if kind is CUSTOM else "leave --type out, and it gets the kind that fits"
+        raise OptionError(None, why=why, hint=hint)
     for name, value, fits, why in given:
         if value and not fits:
             raise OptionError(None, why=f"{name} is not for a disk of kind {kind.name}: {why}")
