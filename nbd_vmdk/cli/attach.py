@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import json_option, open_options
+from nbd_vmdk.cli.opening import Number, json_option, open_options
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
 
@@ -15,7 +15,7 @@ from nbd_vmdk.units import format_size
 @click.option("-r", "--read-only", is_flag=True, help="For reading only; nothing is changed.")
 @click.option(
     "--connections",
-    type=click.IntRange(1, 64),
+    type=Number(1, 64),
     default=4,
     metavar="N",
     help="Connections by which the kernel talks to the server.  [default: 4]",

@@ -6,7 +6,7 @@ import click
 
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.managing import allow_dir_option, drop_ctk_option, dry_run_option
-from nbd_vmdk.cli.opening import image_argument, json_option
+from nbd_vmdk.cli.opening import Number, image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -16,9 +16,7 @@ from nbd_vmdk.units import format_size
 @click.option(
     "--rewrite", is_flag=True, help="Make the files anew, in the order of the disk; needs room beside."
 )
-@click.option(
-    "--compress-level", "level", type=click.IntRange(1, 12), metavar="N", help="Of streamOptimized images."
-)
+@click.option("--compress-level", "level", type=Number(1, 12), metavar="N", help="Of streamOptimized images.")
 @dry_run_option
 @drop_ctk_option
 @allow_dir_option

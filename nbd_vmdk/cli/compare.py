@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import ImagePath, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, Number, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.units import format_size
@@ -23,7 +23,7 @@ _LIMIT = 20
     type=click.Choice(["a", "b", "both"]),
     help="Take A, B or both as raw bytes, whatever they begin with.",
 )
-@click.option("--limit", type=click.IntRange(min=0), default=_LIMIT, show_default=True, metavar="N",
+@click.option("--limit", type=Number(min=0), default=_LIMIT, show_default=True, metavar="N",
               help="List the first N ranges; 0 lists all.")  # fmt: skip
 @click.option("--first", is_flag=True, help="Stop at the first difference.")
 @click.option("--strict", is_flag=True, help="Disks of different sizes differ, whatever they hold.")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import ImagePath, as_bytes, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, Number, as_bytes, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -88,11 +88,11 @@ _CREATE: Final = (
     is_flag=True,
     help="With --since: write the changes over DST, a raw file, device or NBD URI that holds what LINK does.",
 )
-@click.option("--threads", type=click.IntRange(1, 64), metavar="N", help="Threads; by default as fit.")
+@click.option("--threads", type=Number(1, 64), metavar="N", help="Threads; by default as fit.")
 @click.option(
     "--compress-level",
     "level",
-    type=click.IntRange(1, 12),
+    type=Number(1, 12),
     metavar="N",
     help="Of streamOptimized: 1 is fastest, 12 smallest.  [default: 6]",
 )
@@ -126,6 +126,7 @@ def convert(
     What SRC is its name tells, not its content, which may be a guest's: a file is opened as a VMDK only if it
     is called .vmdk, or leads to one, as a folder, a .vmx, .vmsd, .ovf or .ova does; a device or an export is
     raw, and so is any other file, unless it looks like something else: then --from must say what it is.
+    --parent is for SRC.
 
     With --since DST is an incremental copy.  Either DST is a new VMDK, a child of the --base, and shows all
     of SRC together with it; the base is known by its content ID, or with --verify by comparing.  Or DST is

@@ -45,6 +45,12 @@ class ImagePath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Number(click.IntRange):
+    """A whole number in a range; what is none is called no number, not 'no valid integer range'."""
+
+    name = "number"
+
+
 image_argument = click.argument("image", type=ImagePath())
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

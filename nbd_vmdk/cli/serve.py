@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from nbd_vmdk.cli.opening import ImagePath, json_option, open_options, serve_options
+from nbd_vmdk.cli.opening import ImagePath, Number, json_option, open_options, serve_options
 from nbd_vmdk.errors import OptionError
 
 
@@ -49,14 +49,14 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option("--socket-group", metavar="GROUP", help="With --socket: the group that it belongs to.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=Number(0, 65535),
     metavar="N",
     help="Listen on this TCP port; 0 takes any free one.",
 )
 @click.option("--bind", metavar="ADDR", help="With --port: listen on this address.  [default: 127.0.0.1]")
 @click.option(
     "--vsock",
-    type=click.IntRange(1, 2**32 - 2),
+    type=Number(1, 2**32 - 2),
     metavar="PORT",
     help="Listen on this vsock port: for the guests of this machine, or for the host of this guest.",
 )
@@ -79,7 +79,7 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
 )
 @click.option(
     "--max-connections",
-    type=click.IntRange(1),
+    type=Number(1),
     metavar="N",
     help="Refuse clients beyond so many at once.  [default: no limit]",
 )
@@ -90,13 +90,13 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1, 1024),
+    type=Number(1, 1024),
     metavar="N",
     help="Requests of one connection taken at once.  [default: 8]",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1, 64),
+    type=Number(1, 64),
     default=1,
     metavar="N",
     help="With -r: serve with N processes, for many connections on many cores.  [default: 1]",

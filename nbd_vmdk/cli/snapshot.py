@@ -1,5 +1,6 @@
 """``nbd-vmdk snapshot``: make child links, show their tree, merge, move and remove them."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,25 @@ _allow_devices = click.option(
 )
 
 
-@click.group(short_help="Make child links, show their tree, merge, move and remove them.")
+class _Work(click.Group):
+    """What can be done; who forgets to say that and names an image at once is told of it."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See Group; OptionError for a file instead of a command."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            if not os.path.exists(args[0]):
+                raise
+            verb, word = ctx.command_path, shlex.quote(args[0])
+            hint = f"{verb} list {word} shows its tree, {verb} create {word} makes a child of it"
+            why = f"it is not said what to do with {args[0]}"
+            raise OptionError(None, why=why, hint=hint) from None
+
+
+@click.group(cls=_Work, short_help="Make child links, show their tree, merge, move and remove them.")
 def snapshot() -> None:
     """Work on the links of disks: every snapshot freezes one, and a child of it takes the writes.
 
@@ -113,8 +132,10 @@ def list_(place: str, as_json: bool, **options: Any) -> int:
         output.log.warning("%s", warning)
     if as_json:
         output.json_object({"links": [row.as_dict() for row in rows]})
-    else:
+    elif rows:
         _print_tree(rows)
+    else:
+        output.message("note", f"{place}: no link of a disk is in there")
     return 0
 
 
@@ -238,7 +259,7 @@ def rebase(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Make FILE the parent of CHILD; what CHILD shows stays the same.
+    """Make FILE the parent of CHILD, or with --flatten none; what CHILD shows stays the same.
 
     What the two parents show differently through CHILD is copied into it first.  With --relink nothing is
     copied: after both have been read and found alike, the pointer is changed.

@@ -340,6 +340,19 @@ def test_files_that_a_descriptor_only_claims(tmp_path: Path, name: str) -> None:
 # The command line
 
 
+def test_what_makes_no_sense_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["snapshot", "list", str(tmp_path / "empty")]) == 0
+    assert capsys.readouterr() == ("", f"note: {tmp_path}/empty: no link of a disk is in there\n")
+    base, *_ = make_chain(tmp_path)
+    assert main(["snapshot", "commit", str(base)]) == 1
+    assert f"nbd-vmdk snapshot list {base} shows who stands on whom" in capsys.readouterr().err
+    assert main(["snapshot", "rebase", str(base), "--parent", str(base)]) == 1
+    assert "it can't stand on itself" in capsys.readouterr().err
+    assert main(["snapshot", "create", str(base), "--type", "vmfs"]) == 2
+    assert "a child can't be vmfs" in capsys.readouterr().err
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_base(tmp_path)
     scribble(base, 1)

@@ -881,6 +881,23 @@ def test_a_file_is_no_folder(line: list[str], disk: Path, capsys: pytest.Capture
     assert main(["info", f"{disk.parent}/"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["serve", "--port", "abc", "x.vmdk"], "'--port': 'abc' is not a valid number"),
+        (["convert", "--threads", "65", "x.vmdk", "y.vmdk"], "'--threads': 65 is not in the range 1<=x<=64"),
+        (["snapshot", "nothing"], "No such command 'nothing'"),
+        (["snapshot", __file__], "it is not said what to do with"),
+    ],
+)
+def test_wrong_words(line: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert told in error
+    assert hint.startswith("hint: ")
+
+
 def test_what_is_odd_about_a_file_is_told_once(
     disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

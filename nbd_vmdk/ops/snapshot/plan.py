@@ -139,7 +139,8 @@ def _find(child: LinkFile, options: OpenOptions) -> Plan:
     descriptor = child.descriptor
     hint = descriptor.parent_hint
     if not descriptor.has_parent or hint is None:
-        raise WriteRefused(child.label, why="it has no parent that it could be merged into")
+        hint = f"name a child of it instead: nbd-vmdk snapshot list {child.word} shows who stands on whom"
+        raise WriteRefused(child.label, why="it has no parent that it could be merged into", hint=hint)
     parent = parent_of(child)
     if parent is not None and child.expects(parent):
         final = final_name(parent.name)

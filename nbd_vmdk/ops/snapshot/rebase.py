@@ -137,7 +137,9 @@ def _open_new(held: ExitStack, parent: str | os.PathLike[str], child: LinkFile, 
     )
     for link in new.links:
         if link.storages[0].identity == child.identity:
-            raise ChainError(child.label, why=f"{label} stands on it, so it can't become its parent")
+            itself = link is new.links[0]
+            why = "it can't stand on itself" if itself else f"{label} stands on it, so it can't be its parent"
+            raise ChainError(child.label, why=why)
     if new.links[0].cid in (None, NO_PARENT):
         raise ChainError(label, why="it has no content ID by which a child could know it")
     for storage in new.links[0].storages:
