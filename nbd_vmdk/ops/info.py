@@ -65,6 +65,8 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
         facts |= _of_links(links) if links else _of_file(folder, name)
     finally:
         _close(links)
+    if found.warnings:
+        facts["warnings"] = [*found.warnings, *facts.get("warnings", ())]
     if fault is not None:
         facts["error"] = fault.as_dict()
     return facts

@@ -71,6 +71,20 @@ def test_a_machine_stands_for_its_disk(tmp_path: Path) -> None:
     assert delete(f"{vmx}:scsi0:0", with_children=True, dry_run=True).links[-1] == str(tmp_path / BASE)
 
 
+def test_what_is_odd_about_the_way_to_the_disk_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_base(tmp_path)
+    vmx = machine(tmp_path, "C:\\vms\\" + BASE)
+    vmx.write_text(vmx.read_text() + 'scsi0:0.redo = "disk.vmdk.REDO_a1"\n')
+    for words in (["info"], ["map"], ["clone"], ["clone", "--linked"], ["snapshot", "create"]):
+        target = [str(tmp_path / f"{len(words)}.vmdk")] if words[0] == "clone" else []
+        assert main([*words, str(vmx), *target]) == 0
+        told = capsys.readouterr().err
+        assert told.count(f"warning: {vmx}: {BASE} beside it is taken for C:\\vms\\{BASE}\n") == 1, words
+        assert "changes that are still in disk.vmdk.REDO_a1 are left out" in told
+
+
 def test_a_machine_with_several_disks(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     make_base(tmp_path)

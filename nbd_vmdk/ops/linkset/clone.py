@@ -4,6 +4,7 @@ Every link stays the link it is, with what it holds and its content ID; only nam
 which products tell disks apart.  All files appear at once, the descriptor of the top link last.
 """
 
+import logging
 import os
 import random
 import uuid
@@ -24,6 +25,8 @@ from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.newfiles import NewFiles
+
+log = logging.getLogger("nbd_vmdk")
 
 #: Keys with a UUID of the disk as VMware writes it, and as VirtualBox does; the latter link a chain.
 _VMWARE_UUID: Final = "ddb.uuid"
@@ -62,7 +65,10 @@ def clone(
     is no new file.
     """
     opening = files.opening(options)
-    folder, name = LocalFolder.for_image(files.image_in(source, opening), opening.allow_dirs)
+    warnings: list[str] = []
+    folder, name = LocalFolder.for_image(files.image_in(source, opening, warnings), opening.allow_dirs)
+    for warning in warnings:
+        log.warning("%s", warning)
     path = target_path(target, name)
     with ExitStack() as held:
         disk = held.enter_context(open_in(folder, name, opening))
