@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import Number, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, Number, json_option, open_options
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
 
@@ -22,7 +22,7 @@ from nbd_vmdk.units import format_size
 )
 @open_options
 @json_option
-@click.argument("image", metavar="IMAGE|URI")
+@click.argument("image", type=ImagePath(exports=True), metavar="IMAGE|URI")
 @click.argument("device", required=False)
 def attach(
     image: str, device: str | None, as_json: bool, read_only: bool, connections: int, **options: Any
@@ -72,8 +72,8 @@ def detach(device: str, as_json: bool) -> int:
 @click.option("-r", "--read-only", is_flag=True, help="For reading only; nothing is changed.")
 @open_options
 @json_option
-@click.argument("image", metavar="IMAGE|URI")
-@click.argument("folder", metavar="DIR", type=click.Path(readable=False))
+@click.argument("image", type=ImagePath(exports=True), metavar="IMAGE|URI")
+@click.argument("folder", type=ImagePath(), metavar="DIR")
 def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: Any) -> int:
     """Show the disk of IMAGE, or of an NBD URI, as the raw file DIR/nbd, and print its name.
 
@@ -95,7 +95,7 @@ def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: An
 
 @click.command(short_help="Take a mount away, cleanly, and wait until the image is closed.")
 @json_option
-@click.argument("folder", metavar="DIR", type=click.Path(readable=False))
+@click.argument("folder", type=ImagePath(), metavar="DIR")
 def umount(folder: str, as_json: bool) -> int:
     """Write out what was written to DIR/nbd, unmount DIR, and wait until the image is closed."""
     from nbd_vmdk.attaching import mounts

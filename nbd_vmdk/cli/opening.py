@@ -26,7 +26,11 @@ class ImagePath(click.Path):
         self._exports = exports
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See ParamType; OptionError for a URL, and for a file that is named as if it were a folder."""
+        """See ParamType; OptionError for a URL, for a file named as if it were a folder, and for nothing."""
+        if value == "":
+            raise OptionError(
+                None, why=f"{value!r} is no file name", hint="is a variable of the shell empty?"
+            )
         if isinstance(value, str) and "://" in value and not os.path.lexists(value):
             from nbd_vmdk.converting.targets import is_uri
 

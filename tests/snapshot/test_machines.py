@@ -134,6 +134,15 @@ def test_what_is_in_an_appliance_stays(tmp_path: Path) -> None:
     convert(tmp_path / BASE, tmp_path / "app.ova")
     with pytest.raises(Unsupported, match="appliance"):
         resize(tmp_path / "app.ova", SIZE * 2)
+    with pytest.raises(Unsupported) as caught:
+        rename(tmp_path / "app.ova", tmp_path / "a b.ova")
+    assert str(caught.value.hint).endswith(f": mv {tmp_path}/app.ova '{tmp_path}/a b.ova'")
+    with pytest.raises(Unsupported) as caught:
+        delete(tmp_path / "app.ova")
+    assert str(caught.value.hint).endswith(f": rm {tmp_path}/app.ova")
+    with pytest.raises(Unsupported, match="appliance") as caught:
+        delete(f"{tmp_path}/app.ova:app-disk1.vmdk")
+    assert "convert" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["", "./", "C:\\vms\\a\\"])

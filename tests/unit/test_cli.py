@@ -888,6 +888,9 @@ def test_a_file_is_no_folder(line: list[str], disk: Path, capsys: pytest.Capture
         (["convert", "--threads", "65", "x.vmdk", "y.vmdk"], "'--threads': 65 is not in the range 1<=x<=64"),
         (["snapshot", "nothing"], "No such command 'nothing'"),
         (["snapshot", __file__], "it is not said what to do with"),
+        (["mount", "http://host/x.vmdk", "."], "http://host/x.vmdk: a URL, and no file"),
+        (["mount", "x.vmdk", ""], "'' is no file name"),
+        (["convert", "x.vmdk", ""], "'' is no file name"),
     ],
 )
 def test_wrong_words(line: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

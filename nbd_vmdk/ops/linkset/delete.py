@@ -39,7 +39,7 @@ def delete(
     deletion that was stopped goes on when it is asked for again.
     """
     chosen = files.opening(options, locks=not dry_run)
-    source = files.image_in(path, chosen)
+    source = files.whole_image_in(path, chosen, "rm", os.fspath(path))
     if source != os.fspath(path) == container_of(path):
         raise OptionError(
             os.fspath(path),

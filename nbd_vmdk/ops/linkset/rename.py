@@ -100,7 +100,7 @@ def rename(
     changed.  After a later error, or a kill, the same call goes on.
     """
     chosen = files.opening(options, locks=not dry_run)
-    source = files.image_in(old, chosen)
+    source = files.whole_image_in(old, chosen, "mv", os.fspath(old), os.fspath(new))
     path = target_path(new, os.path.basename(source))
     _check_folder(path)
     if not os.path.lexists(source) and os.path.lexists(path):

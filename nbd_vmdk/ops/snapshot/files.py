@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
@@ -111,6 +112,17 @@ def image_in(path: str | os.PathLike[str], options: OpenOptions, warnings: list[
     if warnings is not None:
         warnings += found.warnings
     return found.path
+
+
+def whole_image_in(path: str | os.PathLike[str], options: OpenOptions, *command: str) -> str:
+    """As image_in(), for what is done to whole files; ``command`` is what does it to an appliance in one."""
+    try:
+        return image_in(path, options)
+    except Unsupported as error:
+        named = os.fspath(path)
+        if named.lower().endswith(".ova") and container_of(named) == named:
+            error.hint = f"the appliance is a file like any other: {shlex.join(command)}"
+        raise
 
 
 def _machine_folder(path: str, image: str, options: OpenOptions) -> Iterator[Folder]:
