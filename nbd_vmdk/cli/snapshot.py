@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _STATES = {
     "old": "its parent was changed after it was made",
     "lost": "its parent was not found here",
 }
+
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 _allow_devices = click.option(
     "--allow-devices", is_flag=True, help="Let images name block devices in an allowed folder."
@@ -318,6 +321,9 @@ def delete(link: str, apply: bool, edit_vm: bool, as_json: bool, **options: Any)
     sys.stdout.flush()
     if edit_vm:
         tell_machines(found.machines, found.link.label, edited=True, dry_run=not apply)
+        if found.machines and found.parent and not os.stat(found.parent.path).st_mode & _WRITABLE:
+            what = "nobody may write to it until you allow that again: chmod u+w"
+            output.message("note", f"{found.parent.label}: {what}, all its files")
     if not apply:
         output.message("note", "--apply does it")
     return 0

@@ -247,13 +247,15 @@ def test_the_machine_goes_back_to_the_parent(tmp_path: Path, capsys: pytest.Capt
     expected = shows(base)
     vmx = machine(tmp_path, "C:\\vms\\" + BASE)
     before = vmx.read_bytes()
-    scribble(Path(create_child(vmx, edit_vm=True).path), 2)
+    scribble(Path(create_child(vmx, edit_vm=True, protect=True).path), 2)
     with pytest.raises(WriteRefused, match=r"the disk of vm\.vmx scsi0:0") as caught:
         delete_link(vmx, apply=True)
     assert "--edit-vm" in str(caught.value.hint)
     now = vmx.read_bytes()
     assert main(["snapshot", "delete", str(tmp_path / MIDDLE), "--edit-vm"]) == 0
-    assert "vm.vmx would say" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "vm.vmx would say" in said
+    assert f"note: {base}: nobody may write to it until you allow that again: chmod u+w" in said
     assert (vmx.read_bytes(), names_in(tmp_path)) == (now, {BASE, MIDDLE, "vm.vmx"})
     assert main(["snapshot", "delete", str(vmx), "--edit-vm", "--apply", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["machines"]
