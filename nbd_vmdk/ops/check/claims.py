@@ -116,14 +116,17 @@ class Claims:
         skipped = self.first // self.unit
         return sorted(each + skipped for each in self._conflicts)
 
-    def is_free(self, start: int) -> bool:
-        """Whether it is known that a grain at ``start`` would overlap none that was entered."""
+    def is_free(self, start: int, but: int | None = None) -> bool:
+        """Whether it is known that a grain at ``start`` would overlap none that was entered, ``but`` one."""
         if not self.first <= start < self.end:
             return False
-        at, within = divmod(start - self.first, self.unit)
-        before = int(self._bins[at - 1]) - 1 if at else -1
-        after = int(self._bins[at + 1]) - 1
-        return not self._bins[at] and before <= within and (after < 0 or after >= within)
+        at = (start - self.first) // self.unit
+        for each in range(max(at - 1, 0), at + 2):
+            if mark := int(self._bins[each]):
+                other = self.first + each * self.unit + mark - 1
+                if other != but and abs(other - start) < self.unit:
+                    return False
+        return True
 
     def gaps(self, begins: Numbers, ends: Numbers, reached: int) -> tuple[list[tuple[int, int]], int]:
         """Where room for a grain or more is used by nothing, [begin, end); how far the last thing reaches.

@@ -19,7 +19,7 @@ from nbd_vmdk.ops.check.entries import Rules, Survey, report_shared, survey
 from nbd_vmdk.ops.check.findings import Repair, Stage
 from nbd_vmdk.ops.check.hosted import report_unused
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, merged, overlapping, read_words
-from nbd_vmdk.ops.check.twins import report_tables
+from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.units import SECTOR, format_size
 
 _HEADER: Final = 2048
@@ -66,7 +66,7 @@ def check_cowd(subject: Subject) -> CowdHeader | None:
     past_end = found.last + rules.unit > rules.sectors
     if past_end:
         space.blocked = "first the entries that name grains behind the end of the file must be mended"
-    outcome = report_tables(rules, tables, None, found)
+    outcome = Twins(rules, tables, None, found).report()
     report_shared(rules, tables, None, found, space, outcome.mended)
     # Hosts let the file grow in large steps: what lies behind the free pointer is no waste.
     found.gaps = [(begin, min(end, header.free_sector)) for begin, end in found.gaps]

@@ -36,6 +36,7 @@ class Rules:
     zeros_declared   the header says that value 1 means zeros
     unclean       the file was not closed cleanly, so that a table may be newer than its twin
     overhead      first sector in which a grain can be, as the header says
+    furthest      a grain behind that is none that was cut off: twice what the disk needs would lie before it
     """
 
     subject: Subject
@@ -52,9 +53,12 @@ class Rules:
     unclean: bool = False
     overhead: int = 0
     sectors: int = field(init=False)
+    furthest: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.sectors = self.subject.storage.size // SECTOR
+        tables = int(self.ends[-1]) if len(self.ends) else 0
+        self.furthest = 2 * (tables + self.total * (self.grain + 1))
 
     def good(self, entries: Numbers) -> Numbers:
         """Which entries are codes, or name a place where a whole grain can be: a mask."""
@@ -109,24 +113,30 @@ class Survey:
     used: int = 0
     before: int = 0
 
-    def is_odd(self, rules: Rules, entries: Numbers) -> Numbers:
-        """Which entries overlap another grain, or are not aligned although nearly all are: a mask.
-
-        In a file that was not closed cleanly an entry may differ from its twin for a better reason than
-        damage, and alignment says nothing against it: writers differ in how they align.
-        """
-        bins = entries // rules.unit
+    def is_shared(self, rules: Rules, entries: Numbers) -> Numbers:
+        """Which entries name a place that overlaps another grain's: a mask."""
+        bins = (entries // rules.unit).astype(np.int64)
         conflicts = np.array(self.conflicts, dtype=np.int64)
-        odd = np.isin(bins, conflicts) | np.isin(bins.astype(np.int64) + 1, conflicts)
-        if self.misaligned * 2 < self.used and not rules.unclean:
-            odd |= entries & (rules.unit - 1) != 0
-        return odd & (entries >= rules.codes)
+        # One that begins with its bin does not reach into the next.
+        follows = np.isin(bins + 1, conflicts) & (entries & (rules.unit - 1) != 0)
+        shared: Numbers = (np.isin(bins, conflicts) | follows) & (entries >= rules.codes)
+        return shared
 
-    def is_free(self, rules: Rules, sector: int) -> bool:
-        """Whether it is known that a grain at ``sector`` is in nobody's way, and aligned as others are."""
+    def is_skewed(self, rules: Rules, entries: Numbers) -> Numbers:
+        """Which entries name a place that is not aligned although nearly all are: a mask."""
+        if self.misaligned * 2 >= self.used:
+            return np.zeros(len(entries), bool)
+        skewed: Numbers = (entries & (rules.unit - 1) != 0) & (entries >= rules.codes)
+        return skewed
+
+    def is_free(self, rules: Rules, sector: int, but: int | None = None) -> bool:
+        """Whether it is known that a grain at ``sector`` is in nobody's way, and aligned as others are.
+
+        ``but`` is the place of a grain whose way does not count.
+        """
         if self.claims is None or (self.misaligned * 2 < self.used and sector % rules.unit):
             return False
-        return self.claims.is_free(sector)
+        return self.claims.is_free(sector, but)
 
 
 def survey(rules: Rules, tables: TableSet, twins: TableSet | None) -> Survey:

@@ -18,7 +18,7 @@ from nbd_vmdk.ops.check.findings import Repair, Stage
 from nbd_vmdk.ops.check.places import check_text_area, is_overhead_wrong, report_overhead
 from nbd_vmdk.ops.check.scan import merged
 from nbd_vmdk.ops.check.stream import check_stream
-from nbd_vmdk.ops.check.twins import report_tables
+from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, format_size
@@ -120,8 +120,9 @@ def check_plain(subject: Subject, header: HostedHeader) -> None:
     space = Space(subject, header.grain)
     if found.last + rules.unit > sectors:
         space.blocked = "first the entries that name grains behind the end of the file must be mended"
+    pairs = Twins(rules, tables, twins, found)
     directories.report(space)
-    outcome = report_tables(rules, tables, twins, found)
+    outcome = pairs.report()
     report_shared(rules, tables, twins, found, space, outcome.mended)
     if overhead_wrong:
         report_overhead(subject, header, found, int(ends[0]), int(ends[-1]))

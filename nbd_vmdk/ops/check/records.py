@@ -114,6 +114,12 @@ class Records:
             )
         return self._walked
 
+    def is_hole(self, grain: int) -> bool:
+        """Whether all records that the file has were met, and none is of this grain."""
+        number, slot = divmod(grain, self.walked.per_table)
+        table = self.walked.tables.get(number)
+        return self.walked.unbroken and (table is None or not table[slot])
+
     def rebuild(self) -> Repair | None:
         """Append tables, directory and footer made from the records; None if anything may be lost."""
         header, walked = self._header, self.walked

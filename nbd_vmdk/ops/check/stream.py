@@ -19,7 +19,7 @@ from nbd_vmdk.ops.check.entries import Rules, report_shared, survey
 from nbd_vmdk.ops.check.findings import Change, Repair, Resize, Stage
 from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker, names_grains
 from nbd_vmdk.ops.check.scan import merged
-from nbd_vmdk.ops.check.twins import report_tables
+from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
@@ -190,7 +190,7 @@ def _check_tables(subject: Subject, footer: Footer, records: Records) -> None:
         directories.report_single(records.rebuild() or f"its grains are lost: {_SALVAGE}")
     else:
         directories.report(space)
-    outcome = report_tables(rules, tables, twins, found)
+    outcome = Twins(rules, tables, twins, found, records.is_hole).report()
     lost = outcome.lost
     report_zeros(rules, header, found, tables.entries, footer.at)
     faults: dict[int, str] = {}

@@ -1,17 +1,10 @@
-"""A grain table and its redundant twin: which entries are right, and what both should be.
+"""Grain tables and their redundant twins: what is wrong in them, and what mends it.
 
-Writers change the table first and the twin second, so after a crash either may be the newer one, and both
-are sound.  After damage usually one is sound.  So entries are weighed one by one:
-
-*   a good entry beats a bad one;
-*   of two good ones that differ, the table's is taken, as the newer one; but the twin's, if that names a
-    grain that nobody else has while the table says "hole", in a file that was closed cleanly (losing a grain
-    can't be mended later, a grain too many does no harm), or if the table's is odd: it names a place that
-    another grain has as well, or, in a file that was closed cleanly, one that is not aligned as nearly all
-    others are, or says "zeros" in a file that has no such entries;
-*   where both are bad nothing is changed, unless the user asks for a hole.
+What becomes of each pair of entries pairs.py says; where it depends on what else is in the file the witnesses
+are asked (evidence.py, for compressed extents the records).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,55 +12,19 @@ import numpy as np
 
 from nbd_vmdk.ops.check.context import NOT_INVENTED
 from nbd_vmdk.ops.check.entries import Rules, Survey
+from nbd_vmdk.ops.check.evidence import Evidence
 from nbd_vmdk.ops.check.findings import Change, Copy, Repair, Resize, Stage
+from nbd_vmdk.ops.check.pairs import Pair
 from nbd_vmdk.ops.check.scan import Numbers, TableSet
+from nbd_vmdk.ops.check.verdicts import NUMBERS, State, Verdict
 from nbd_vmdk.units import SECTOR
 
 #: A difference longer than this is told to the repair as "copy it from the twin" rather than by its bytes.
 _COPY_FROM: Final = 64
+_UNCERTAIN: Final = "which of the two is right is not known"
 
-
-@dataclass(slots=True)
-class Pair:
-    """One table with its twin, as they are and as they should be."""
-
-    number: int
-    table: Numbers
-    twin: Numbers | None
-    rules: Rules
-    good: Numbers = field(init=False)
-    twin_good: Numbers = field(init=False)
-    should: Numbers = field(init=False)
-    #: Entries that neither copy tells.
-    lost: Numbers = field(init=False)
-    inside: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        entries = len(self.table)
-        self.inside = max(min(entries, self.rules.total - self.number * entries), 0)
-        self.good = self.rules.good(self.table)
-        self.twin_good = np.zeros(entries, bool) if self.twin is None else self.rules.good(self.twin)
-
-    def resolve(self, survey: Survey) -> None:
-        """Work out what the entries should be."""
-        rules = self.rules
-        self.should = self.table.copy()
-        self.lost = ~self.good
-        if self.twin is not None:
-            doubtful = ~self.good | survey.is_odd(rules, self.table)
-            if not rules.unclean:  # else the grain was given up just before the crash
-                doubtful |= self.table == 0
-            if not rules.zeros_declared:
-                doubtful |= self.table == 1
-            better = doubtful & self.twin_good & (self.twin != self.table)
-            named = np.flatnonzero(better & (self.twin >= rules.codes))
-            better[[at for at in named.tolist() if not survey.is_free(rules, int(self.twin[at]))]] = False
-            # A hole is as good as zeros; only a grain is better.
-            better &= (self.table != 0) | (self.twin >= rules.codes)
-            self.should[better] = self.twin[better]
-            self.lost &= ~better
-        self.should[self.inside :] = 0
-        self.lost[self.inside :] = False
+#: Whether it is known that a grain of a compressed extent has no record.
+IsHole = Callable[[int], bool]
 
 
 #: Slug, what is wrong, and its effect.
@@ -82,34 +39,75 @@ class Outcome:
     lost: dict[int, Reason] = field(default_factory=dict)
 
 
-def report_tables(rules: Rules, tables: TableSet, twins: TableSet | None, found: Survey) -> Outcome:
-    """Report what is wrong in the tables that the survey found wanting.
+class Twins:
+    """All tables of an extent that the survey found wanting, with their twins if there are any.
 
-    Where grains are compressed, those whose entries are lost are not reported but returned: the records that
-    the entries should name may tell more.
+    For an extent with compressed grains ``is_hole`` tells whether a grain has no record.
     """
-    outcome = Outcome()
-    for number in sorted(found.problems):
-        table = tables.rows(number, 1)[0]
-        has_twin = twins is not None and bool(twins.places[number])
-        twin = twins.rows(number, 1)[0] if twins is not None and has_twin else None
-        pair = Pair(number, table, twin, rules)
-        pair.resolve(found)
-        first = number * tables.entries
-        outcome.mended.update((np.flatnonzero(pair.should != table) + first).tolist())
-        repair = _repair(pair, tables, twins)
-        _report_pair(pair, repair)
-        for at in np.flatnonzero(~pair.good[: pair.inside]).tolist():
-            reason = _reason(rules, int(table[at]), first + at)
-            if rules.packed and pair.lost[at]:
-                outcome.lost[first + at] = reason
-            else:
-                _report_entry(pair, at, reason, repair, tables, twins)
-    return outcome
+
+    def __init__(
+        self,
+        rules: Rules,
+        tables: TableSet,
+        twins: TableSet | None,
+        found: Survey,
+        is_hole: IsHole | None = None,
+    ) -> None:
+        self._rules = rules
+        self._tables = tables
+        self._twins = twins
+        self._found = found
+        self._is_hole = is_hole
+        self._evidence = Evidence(rules, tables, found)
+        for number in found.problems if twins is not None else ():
+            self._evidence.offer(self._pair(number).offered)
+
+    def _pair(self, number: int, table: Numbers | None = None) -> Pair:
+        there = self._twins is not None and bool(self._twins.places[number])
+        twin = self._twins.rows(number, 1)[0] if self._twins is not None and there else None
+        if table is None:
+            table = self._tables.rows(number, 1)[0]
+        return Pair(number, table, twin, self._rules, self._found)
+
+    def _settled(self, number: int, table: Numbers) -> Numbers:
+        pair = self._pair(number, table)
+        pair.judge(self._evidence)
+        return pair.settled
+
+    def no_grain_lost(self, value: int = 0) -> bool:
+        """Whether nothing in the file speaks for a grain that no entry names, if one becomes ``value``."""
+        reads_zeros = bool(value) or not self._rules.subject.child
+        return self._evidence.no_grain_lost(self._settled, reads_zeros=reads_zeros)
+
+    def report(self) -> Outcome:
+        """Report what is wrong.
+
+        Where grains are compressed, those whose entries are lost are not reported but returned: the records
+        that the entries should name may tell more.
+        """
+        rules, tables, is_hole = self._rules, self._tables, self._is_hole
+        outcome = Outcome()
+        for number in sorted(self._found.problems):
+            first = number * tables.entries
+            pair = self._pair(number)
+            pair.judge(self._evidence)
+            for at in pair.unsure:
+                value = int(pair.twin[at]) if pair.twin is not None else 0
+                pair.settle(at, self.no_grain_lost(value) if is_hole is None else is_hole(first + at))
+            outcome.mended.update((np.flatnonzero((pair.should != pair.table) & ~pair.left) + first).tolist())
+            repair = _repair(pair, tables, self._twins)
+            _report_pair(pair, repair)
+            for at in np.flatnonzero(~pair.good[: pair.inside]).tolist():
+                reason = _reason(rules, int(pair.table[at]), first + at)
+                if rules.packed and pair.left[at]:
+                    outcome.lost[first + at] = reason
+                else:
+                    _report_entry(pair, at, reason, repair, tables, self._twins)
+        return outcome
 
 
 def _repair(pair: Pair, tables: TableSet, twins: TableSet | None) -> Repair | None:
-    """What makes both copies what they should be; an entry that is lost stays as it is in each."""
+    """What makes both copies what they should be; what is left stays as it is in each."""
     changes: list[Change] = []
     there = int(tables.places[pair.number])
     other = int(twins.places[pair.number]) if pair.twin is not None and twins is not None else 0
@@ -119,7 +117,7 @@ def _repair(pair: Pair, tables: TableSet, twins: TableSet | None) -> Repair | No
     ):
         if not place or now is None:
             continue
-        should = np.where(pair.lost, now, pair.should)
+        should = np.where(pair.left, now, pair.should)
         wrong = np.flatnonzero(should != now)
         if not len(wrong):
             continue
@@ -157,9 +155,9 @@ def _report_pair(pair: Pair, repair: Repair | None) -> None:
         )
     if pair.twin is None:
         return
-    spoilt = np.flatnonzero((pair.good & ~pair.twin_good)[:inside])
-    differ = np.flatnonzero((pair.good & pair.twin_good & (pair.table != pair.twin))[:inside])
-    for slug, places, what, effect in (
+    spoilt = pair.good & ~pair.twin_good
+    differ = pair.good & pair.twin_good & (pair.table != pair.twin)
+    for slug, mask, what, effect in (
         (
             "redundant-entry",
             spoilt,
@@ -173,16 +171,18 @@ def _report_pair(pair: Pair, repair: Repair | None) -> None:
             "readers may disagree on these grains, as after a crash while they were written",
         ),
     ):
-        if len(places):
-            subject.warning(
-                slug,
-                f"{len(places)} {what}",
-                effect,
-                repair or NOT_INVENTED,
-                table=pair.number,
-                entry=int(places[0]),
-                guest=pair.rules.guest(first + int(places[0])),
-            )
+        for chosen, mend in ((mask & ~pair.left, repair or NOT_INVENTED), (mask & pair.left, _UNCERTAIN)):
+            places = np.flatnonzero(chosen[:inside])
+            if len(places):
+                subject.warning(
+                    slug,
+                    f"{len(places)} {what}",
+                    effect,
+                    mend,
+                    table=pair.number,
+                    entry=int(places[0]),
+                    guest=pair.rules.guest(first + int(places[0])),
+                )
 
 
 def _report_entry(
@@ -195,26 +195,49 @@ def _report_entry(
     slug, what, effect = reason
     tell = subject.error
     mend: Repair | str
-    if not pair.lost[at]:
+    entry_at = int(tables.places[pair.number]) + at * tables.width
+    verdict = pair.verdicts[at]
+    if verdict == NUMBERS[Verdict.TWIN]:
         assert repair is not None
         mend = repair
-    elif slug == "grain-cut-off":
-        end = value + rules.unit
-        hidden = value + rules.shown(index) <= rules.sectors
+    elif verdict == NUMBERS[Verdict.CUT]:
+        of_twin = pair.states[at] != State.CUT
+        assert pair.twin is not None or not of_twin
+        place = int(pair.twin[at]) if of_twin and pair.twin is not None else value
+        end = (place + rules.unit) * SECTOR
+        changes: list[Change] = [Resize(subject.file, end)]
+        if of_twin:
+            data = place.to_bytes(tables.width, "little")
+            changes.append(subject.write(entry_at, data, Stage.TABLES))
+        hidden = place + rules.shown(index) <= rules.sectors and not of_twin
         mend = Repair(
-            f"lengthen the file to {end * SECTOR} bytes",
-            (Resize(subject.file, end * SECTOR),),
+            f"lengthen the file to {end} bytes" + (", and take the twin's entry" if of_twin else ""),
+            tuple(changes),
             None if hidden else "the guest's bytes that were cut off become zeros",
         )
         tell = subject.warning if hidden else subject.error
-    else:
-        changes = tuple(
-            subject.write(int(copy.places[pair.number]) + at * copy.width, bytes(copy.width), Stage.TABLES)
-            for copy in (tables, twins)
-            if copy is not None and copy.places[pair.number]
-        )
+    elif verdict == NUMBERS[Verdict.ASK]:
+        assert pair.twin is not None
+        code = int(pair.twin[at])
+        data = code.to_bytes(tables.width, "little")
+        what += f"; its twin says that {'it is zeros' if code else 'there is no grain'}"
         mend = Repair(
-            "make the grain a hole", changes, f"what it held is given up: it will read as {subject.hole}"
+            "believe the twin",
+            (subject.write(entry_at, data, Stage.TABLES),),
+            "if there was a grain, what it held is given up: "
+            f"it will read as {'zeros' if code else subject.hole}",
+        )
+    else:
+        mend = Repair(
+            "make the grain a hole",
+            tuple(
+                subject.write(
+                    int(copy.places[pair.number]) + at * copy.width, bytes(copy.width), Stage.TABLES
+                )
+                for copy in (tables, twins)
+                if copy is not None and copy.places[pair.number]
+            ),
+            f"what it held is given up: it will read as {subject.hole}",
         )
     tell(
         slug,

@@ -27,12 +27,14 @@ class Walked:
     """What was found: sectors of records by grain, in tables of ``per_table``; 0 where there is none.
 
     ``whole`` says that the directory's own record was reached without meeting damage: then a grain without
-    a record is a hole.
+    a record is a hole.  ``unbroken`` says that no damage was met up to there or, in a file without that
+    record, up to the file's end, which may have been cut off.
     """
 
     per_table: int
     tables: dict[int, Numbers] = field(default_factory=dict)
     whole: bool = False
+    unbroken: bool = False
 
     def enter(self, grain: int, sector: int) -> None:
         """Note a record."""
@@ -76,6 +78,7 @@ def walk(storage: Storage, header: HostedHeader) -> Walked:
             case _:
                 undamaged = False
                 at = next_record(storage, header, at, size)
+    found.unbroken = undamaged
     return found
 
 
