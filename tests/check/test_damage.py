@@ -1,23 +1,37 @@
 """
-Damage of tables and of their twins: a repair never makes wrong bytes of an error.
+Damage of tables, directories and the fields that name them: a repair never makes wrong bytes of an error.
+
+Two spots of an image are damaged.  Before the repair a grain reads as it should, reads wrong, or raises.
+After a repair for which nothing was asked it reads as it should if it did before, and where it raised it
+never reads wrong.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.ops.check.findings import Finding, Repair
+from nbd_vmdk.ops.check.runner import Report
 from nbd_vmdk.ops.check.verdicts import CASES, State, Verdict
 from nbd_vmdk.ops.repair import apply_repair, undo_repair
-from tests.breaking import CONTENT, GRAIN, set_gte, sparse
-from tests.images import cut, desc
+from tests.breaking import CONTENT, GRAIN, child_of_sparse, set_gte, sparse
+from tests.images import cut, desc, peek, poke
 from tests.images.content import KIB, SECTOR, Content
 from tests.images.desc import Image
+from tests.images.hosted import HostedExtent
 
 SIZE = GRAIN * SECTOR
 
@@ -26,6 +40,35 @@ def child_with_zeros(folder: str) -> Image:
     base = desc.monolithic_sparse(folder, "base", Content.random(CONTENT.size, seed=4, density=1.0))
     top = Content.random(CONTENT.size, seed=9, grain=4 * KIB, touched=150)
     return desc.monolithic_sparse(folder, "disk", top, grain_sectors=GRAIN, parent=base, zero_gte=True)
+
+
+IMAGES: dict[str, Callable[[str], Image]] = {
+    "base": sparse,
+    "child": child_of_sparse,
+    "zeros": child_with_zeros,
+    "shuffled": lambda folder: sparse(folder, shuffle_grains=5),
+    "gaps": lambda folder: sparse(folder, gap_sectors=GRAIN),
+    "late-tables": lambda folder: sparse(folder, tables_last=True),
+    "few-tables": lambda folder: sparse(folder, preallocate_tables=False),
+    "misaligned": lambda folder: sparse(folder, misalign=3),
+}
+
+
+class Built(dict[str, tuple[Path, Image]]):
+    """The images by name, each in a folder of its own, to be copied."""
+
+    def __repr__(self) -> str:
+        return "the images"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """All images."""
+    images = Built()
+    for name, build in IMAGES.items():
+        folder = tmp_path_factory.mktemp(name)
+        images[name] = folder, build(str(folder))
+    return images
 
 
 def grains(path: str) -> list[bytes | None]:
@@ -42,6 +85,139 @@ def grains(path: str) -> list[bytes | None]:
             except VmdkError:
                 found.append(None)
     return found
+
+
+# Damage
+
+
+PLACES = st.sampled_from(
+    ["hole", "zeros", "past", "past-askew", "far", "inside", "table", "other", "half", "askew", "cut"]
+)
+RUNS = st.one_of(
+    st.builds(
+        lambda byte, length: byte * length, st.sampled_from([b"\0", b"\xff", b"\xa5"]), st.integers(1, 2048)
+    ),
+    st.integers(0, 1 << 30).flatmap(
+        lambda seed: st.builds(random.Random(seed).randbytes, st.integers(1, 2048))
+    ),
+)
+COPIES = st.sampled_from(["gt", "rgt"])
+SPOTS = st.one_of(
+    st.tuples(st.just("gte"), COPIES, st.integers(0, 400), st.booleans(), PLACES),
+    st.tuples(st.just("gde"), st.sampled_from(["gd", "rgd"]), st.integers(0, 2), PLACES, st.integers(0, 99)),
+    st.tuples(st.just("run"), st.sampled_from(["gt", "rgt", "gd", "rgd"]), st.integers(0, 31), RUNS),
+    st.tuples(st.just("field"), st.sampled_from([48, 56, 64]), PLACES, st.integers(0, 99)),
+)
+
+
+def value_of(path: str, extent: HostedExtent, name: str, number: int, own: int) -> int:
+    """A value of that sort for an entry whose own is ``own``; ``number`` chooses among several."""
+    end = os.path.getsize(path) // SECTOR
+    others = sorted(extent.grains.values())
+    other = others[number % len(others)]
+    return {
+        "hole": 0,
+        "zeros": 1,
+        "past": (end // GRAIN + 5 + number) * GRAIN,
+        "past-askew": (end // GRAIN + 5 + number) * GRAIN + 3,
+        "far": 0xFEDCBA98,
+        "inside": 5,
+        "table": extent.gd[number % 2] or 5,
+        "other": other,
+        "half": other + GRAIN // 2,
+        "askew": own + 3 if own else other + 1,
+        "cut": end - 3,
+    }[name]
+
+
+def damage(path: str, extent: HostedExtent, spot: tuple[Any, ...]) -> None:
+    match spot:
+        case "gte", copy, number, used, name:
+            known = sorted(extent.grains) if used else range(900)
+            grain = known[number % len(known)]
+            if (extent.rgd if copy == "rgt" else extent.gd)[grain // 512]:
+                value = value_of(path, extent, name, number, extent.grains.get(grain, 0))
+                poke(path, extent.gte_at(grain, redundant=copy == "rgt"), value.to_bytes(4, "little"))
+        case "gde", copy, table, name, number:
+            value = value_of(path, extent, name, number, extent.gd[table])
+            poke(path, extent.gde_at(table, redundant=copy == "rgd"), value.to_bytes(4, "little"))
+        case "run", copy, place, data:
+            directory = extent.rgd if copy.startswith("r") else extent.gd
+            begin = (extent.rgd_sector if copy.startswith("r") else extent.gd_sector) * SECTOR
+            length = 4 * len(directory)
+            if copy.endswith("gt"):
+                begin, length = directory[place % len(directory)] * SECTOR, 2048
+            at = place * 64 % length
+            if begin:
+                poke(path, begin + at, data[: length - at])
+        case "field", at, name, number:
+            own = int.from_bytes(peek(path, at, 8), "little")
+            poke(path, at, value_of(path, extent, name, number, own).to_bytes(8, "little"))
+
+
+def case(built: Built, name: str, spots: list[tuple[Any, ...]], folder: str) -> str:
+    """A copy of one of the images, damaged."""
+    source, image = built[name]
+    for file in source.iterdir():
+        shutil.copy(file, folder)
+    path = os.path.join(folder, "disk.vmdk")
+    for spot in spots:
+        damage(path, image.hosted(), spot)
+    return path
+
+
+def agrees_with_qemu(path: str, wanted: bytes) -> None:
+    done = subprocess.run(["qemu-img", "check", "-q", "-f", "vmdk", path], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    target = f"{path}.raw"
+    subprocess.run(["qemu-img", "convert", "-f", "vmdk", "-O", "raw", path, target], check=True)
+    assert Path(target).read_bytes() == wanted
+
+
+def told(report: Report, index: int) -> bool:
+    """Whether an error in a report names a grain, or the table that it belongs to."""
+    at = index * SIZE
+    return any(
+        finding.severity == "error"
+        and (
+            finding.guest == at
+            or f"guest offset {at}" in finding.what
+            or (finding.slug == "directory-entry" and finding.table == index // 512)
+        )
+        for finding in report.findings
+    )
+
+
+@settings(max_examples=int(os.environ.get("DAMAGES", "120")), deadline=None, derandomize=True)
+@given(name=st.sampled_from(sorted(IMAGES)), spots=st.lists(SPOTS, min_size=1, max_size=2))
+def test_no_error_becomes_wrong_data(built: Built, name: str, spots: list[tuple[Any, ...]]) -> None:
+    """What is wrong after a repair and was not before is told; if all was asked for, it was told before."""
+    whole = built[name][1].visible.read()
+    wanted = [whole[at : at + SIZE] for at in range(0, len(whole), SIZE)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = case(built, name, spots, folder)
+        spoilt = Path(path).read_bytes()
+        before = grains(path)
+        plan, report = apply_repair(path)
+        after = grains(path)
+        for index, (was, found, right) in enumerate(zip(before, after, wanted, strict=True)):
+            if found not in (right, None) and was in (right, None):
+                # The mending of one spot may show what another one did.
+                assert told(report, index), f"grain {index} is wrong now"
+        lost = {index for index, found in enumerate(after) if found is None}
+        assert not lost or report.count_errors
+        if shutil.which("qemu-img") and not report.count_errors:
+            agrees_with_qemu(path, b"".join(found for found in after if found is not None))
+        if plan.chosen:
+            undo_repair(path)
+        assert Path(path).read_bytes() == spoilt
+
+        asked = {finding.slug for finding in plan.report.findings if asks(finding)}
+        if asked and not any(finding.more for finding in plan.report.findings):
+            plan, report = apply_repair(path, also=asked)
+            for index, (was, found, right) in enumerate(zip(before, grains(path), wanted, strict=True)):
+                if found not in (right, None) and was in (right, None):
+                    assert told(plan.report, index) or told(report, index), f"grain {index} is lost unasked"
 
 
 # The table of cases
@@ -194,3 +370,41 @@ def test_hole_and_zeros_over_a_parent(tmp_path: Path) -> None:
     plan, after = apply_repair(image.path, also=["grain-entry"])
     assert "the parent's data" in (plan.chosen[0][0].asks or "")
     assert not after.count_errors
+
+
+# What is no table
+
+
+def test_a_field_that_leads_into_a_grain_costs_nothing(tmp_path: Path) -> None:
+    """A directory's place, or a table's, that damage moved onto a grain: the grain stays as it is."""
+    for number, spot in enumerate(
+        (
+            ("field", 48, "other", 3),
+            ("field", 56, "other", 3),
+            ("gde", "gd", 1, "other", 40),
+            ("gde", "rgd", 1, "other", 40),
+            ("gde", "gd", 1, "half", 40),
+            ("gde", "rgd", 2, "half", 40),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        image = sparse(str(tmp_path / str(number)))
+        damage(image.path, image.hosted(), spot)
+        _plan, after = apply_repair(image.path)
+        assert not after.findings, spot
+        assert b"".join(found or b"" for found in grains(image.path)) == image.visible.read(), spot
+
+
+def test_a_lost_table_and_a_wiped_twin(tmp_path: Path) -> None:
+    """A directory entry leads into a grain, and the twin has lost grains: its holes are not just believed."""
+    image = sparse(str(tmp_path))
+    extent = image.hosted()
+    damage(image.path, extent, ("gde", "gd", 1, "half", 5))
+    poke(image.path, extent.rgd[1] * SECTOR, bytes(2048))
+    before = grains(image.path)
+    plan, after = apply_repair(image.path)
+    finding = next(finding for finding in plan.report.findings if finding.slug == "directory-entry")
+    assert asks(finding)
+    assert after.count_errors
+    for was, found in zip(before, grains(image.path), strict=True):
+        assert was == found or was is not None

@@ -5,6 +5,7 @@ that can't be right is mended from the other copy: its table is made anew where 
 regular layout of the other tables tells, or behind the end of the file.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,11 +14,14 @@ import numpy as np
 from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, MAX_ENTRY, HostedHeader
 from nbd_vmdk.ops.check.context import NOT_INVENTED, Space, Subject
 from nbd_vmdk.ops.check.findings import Copy, Repair, Resize, Stage
+from nbd_vmdk.ops.check.impostors import is_over, odd, over_agreed, part_of_tables
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, merged, overlapping, read_words, touching
 from nbd_vmdk.units import SECTOR, align_up, format_size
 
 _FLAGS_AT: Final = 8
 _FIELD_AT: Final = {"rgdOffset": 48, "gdOffset": 56}
+#: Tables that are looked into at either end of a directory.
+_TRIED: Final = 16
 
 
 @dataclass(slots=True)
@@ -45,7 +49,10 @@ class Directories:
         self.size = subject.storage.size
         self._area = align_up(self.count * 4, SECTOR) // SECTOR
         self._step = align_up(header.entries_per_table * 4, SECTOR) // SECTOR
-        self._deferred: list[tuple[Side, Side, int]] = []
+        #: Sectors that a grain takes at least.
+        self._room = 1 if header.compressed else header.grain_sectors
+        #: Entries of the directory to go by that lead to what is no table, though it could be by its place.
+        self.astray: set[int] = set()
 
     def load(self) -> bool:
         """Find and read both; False if there is no directory to go by."""
@@ -56,6 +63,7 @@ class Directories:
         for name, sector in places.items():
             if sector is not None and not self._fits(sector):
                 places[name] = self._report_area(name, sector, places)
+        self._exclude_astray_area(places)
         if places["gdOffset"] is None and places.get("rgdOffset") is None:
             return False
         self._metadata = self._own_ranges([sector for sector in places.values() if sector is not None])
@@ -64,6 +72,7 @@ class Directories:
         self.primary = sides[0]
         self.redundant = sides[1] if len(sides) > 1 else None
         self._exclude_overlapping(sides)
+        self._exclude_astray(sides)
         return True
 
     def _fits(self, sector: int) -> bool:
@@ -72,6 +81,27 @@ class Directories:
         first, last = header.descriptor_sector, header.descriptor_sector + header.descriptor_sectors
         over_text = bool(first) and sector < last and sector + self._area > first
         return sector >= 1 and sector * SECTOR + self.count * 4 <= self.size and not over_text
+
+    def _exclude_astray_area(self, places: dict[str, int | None]) -> None:
+        """Leave out the one of two directories that is neither in its usual place nor leads to tables.
+
+        What is there instead may be a grain's bytes, which mending entries would destroy.
+        """
+        first, second = places["gdOffset"], places.get("rgdOffset")
+        if first is None or second is None or first - second == self._area + self.count * self._step:
+            return
+        leads = {name: self._leads(sector) for name, sector in places.items() if sector is not None}
+        worst = min(leads, key=leads.__getitem__)
+        if leads[worst] * 2 <= 1 and leads[worst] < max(leads.values()):
+            places[worst] = self._report_area(worst, places[worst] or 0, places)
+
+    def _leads(self, sector: int) -> float:
+        """Which part of the entries of what may be a directory leads to tables in use; some are tried."""
+        entries = read_words(self.subject.storage, sector * SECTOR, self.count, 4)
+        named = entries[entries != 0]
+        tried = np.concatenate((named[:_TRIED], named[_TRIED:][-_TRIED:]))
+        inside = (tried > 1) & (tried * SECTOR + self.header.entries_per_table * 4 <= self.size)
+        return part_of_tables(self._set(tried[inside]), len(tried), self.size)
 
     def _own_ranges(self, sectors: list[int]) -> list[tuple[int, int]]:
         """What no table may lie on: header, descriptor, directories."""
@@ -93,13 +123,18 @@ class Directories:
         if found is not None:
             data = found.to_bytes(8, "little")
             repair = Repair(f"set {name} to {found}", (write(_FIELD_AT[name], data, Stage.POINTERS),))
-        elif usable and other is not None:
+        elif usable and other is not None and self._leads(other) * 2 > 1:
             flags = (self.header.flags & ~FLAG_REDUNDANT).to_bytes(4, "little")
             changes = [write(_FLAGS_AT, flags, Stage.POINTERS)]
             changes.append(write(_FIELD_AT["rgdOffset"], bytes(8), Stage.POINTERS))
             if name == "gdOffset":
                 changes.append(write(_FIELD_AT[name], other.to_bytes(8, "little"), Stage.POINTERS))
-            repair = Repair("go on with the other copy of the directory alone", tuple(changes))
+            missing = bool((read_words(self.subject.storage, other * SECTOR, self.count, 4) == 0).any())
+            repair = Repair(
+                "go on with the other copy of the directory alone",
+                tuple(changes),
+                "tables that only this copy knew, if there are any, are given up" if missing else None,
+            )
         self.subject.error(
             "directory-outside",
             f"{name} is {sector}: no grain directory of {self.count} entries can be there",
@@ -119,8 +154,9 @@ class Directories:
             return None
         here = read_words(self.subject.storage, sector * SECTOR, self.count, 4)
         there = read_words(self.subject.storage, other * SECTOR, self.count, 4)
-        inside = (here + self._step) * SECTOR <= self.size
-        alike = bool(((here == 0) == (there == 0)).all() and inside.all() and (here != there).any())
+        # Some entries of either may be damaged, but most must be of tables that are twins.
+        pairs = (here != 0) & (there != 0) & (here != there) & ((here + self._step) * SECTOR <= self.size)
+        alike = 2 * np.count_nonzero(pairs) > np.count_nonzero(here | there)
         return sector if alike else None
 
     def _side(self, name: str, sector: int) -> Side:
@@ -147,6 +183,49 @@ class Directories:
                 side, number = sides[int(owner[at])], int(index[at])
                 if not (attempt and side.base == side.entries[number] - number * self._step):
                     side.good[number] = False
+
+    def _exclude_astray(self, sides: list[Side]) -> None:
+        """Leave out what is no table, though one could be there: mending its entries would destroy a grain.
+
+        It is not where the layout has it, and most of its entries are odd, or it is unlike its twin and
+        grains that both copies know lie there.
+        """
+        found = []
+        for side, twin in (sides, sides[::-1]) if len(sides) > 1 else ((sides[0], None),):
+            numbers = np.flatnonzero(side.good & ~self._regular(side))
+            tables = self._set(side.entries[numbers])
+            for first, count in tables.windows():
+                chosen = numbers[first : first + count]
+                rows = tables.rows(first, count)
+                astray = 2 * odd(rows, self.size).sum(axis=1) > np.count_nonzero(rows, axis=1)
+                if twin is not None:
+                    there = twin.good[chosen]
+                    others = self._set(np.where(there, twin.entries[chosen], 0)).rows(0, count)
+                    differ = (rows != others).sum(axis=1)
+                    unlike = np.flatnonzero(there & ~astray & (differ > 0))
+                    astray[unlike] = self._over_grains(sides, side.entries[chosen[unlike]])
+                    # One entry that names a table is damage of it; where most differ the twin is to be heard.
+                    wholly = there & (2 * differ > np.count_nonzero(others, axis=1))
+                    for at in np.flatnonzero(wholly & ~astray).tolist():
+                        place = int(side.entries[chosen[at]])
+                        astray[at] = is_over(others[at][others[at] >= 2], self._room, place, self._step)
+                found.append((side, chosen[astray]))
+        for side, numbers in found:
+            side.good[numbers] = False
+            if side is sides[0]:
+                self.astray.update(numbers.tolist())
+
+    def _regular(self, side: Side) -> Numbers:
+        """Which tables lie where the layout has them: a mask."""
+        if side.base is None:
+            return np.zeros(self.count, bool)
+        regular: Numbers = side.entries == side.base + np.arange(self.count) * self._step
+        return regular
+
+    def _over_grains(self, sides: list[Side], sectors: Numbers) -> Numbers:
+        """Which of the places that tables should have lie on grains on which both copies agree: a mask."""
+        copies = [self._set(np.where(side.good, side.entries, 0)) for side in sides]
+        return over_agreed(copies[0], copies[1], self._room, sectors, self._step)
 
     def _base(self, side: Side) -> int | None:
         """Where the table of entry 0 is, or would be, if all lie one behind the other."""
@@ -191,8 +270,11 @@ class Directories:
         begins, ends = merged([(0, 0)]) if not len(starts) else _runs(starts, self._step)
         return [*self._metadata, *zip(begins.tolist(), ends.tolist(), strict=True)]
 
-    def report(self, space: Space) -> None:
-        """Report every entry that can't be right, or that one copy has and the other lacks."""
+    def report(self, space: Space, no_grain_lost: Callable[[], bool]) -> None:
+        """Report every entry that can't be right, or that one copy has and the other lacks.
+
+        ``no_grain_lost`` tells whether a twin can be believed that says of many grains that there is none.
+        """
         if self.redundant is None:
             self.report_single(NOT_INVENTED)
             return
@@ -200,7 +282,7 @@ class Directories:
         odd |= ~self.primary.good & ((self.primary.entries != 0) | (self.redundant.entries != 0))
         taken = merged(self.ranges)
         for number in np.flatnonzero(odd).tolist():
-            self._report_entry(number, taken, space)
+            self._report_entry(number, taken, space, no_grain_lost)
 
     def report_single(self, repair: Repair | str) -> None:
         """Report every entry that can't be right, where there is one copy."""
@@ -208,7 +290,13 @@ class Directories:
         for number in np.flatnonzero(~side.good & (side.entries != 0)).tolist():
             self._tell(side, number, "directory-entry", "and there is no second copy", repair, lost=True)
 
-    def _report_entry(self, number: int, taken: tuple[Numbers, Numbers], space: Space) -> None:
+    def _report_entry(
+        self,
+        number: int,
+        taken: tuple[Numbers, Numbers],
+        space: Space,
+        no_grain_lost: Callable[[], bool],
+    ) -> None:
         first, second = self.primary, self.redundant
         assert second is not None
         if not first.good[number] and not second.good[number]:
@@ -217,6 +305,10 @@ class Directories:
             return
         bad, sound = (second, first) if first.good[number] else (first, second)
         repair = self._mend(bad, sound, number, taken, space)
+        if isinstance(repair, Repair) and bad is first and number in self.astray and not no_grain_lost():
+            # What reads now by what is there instead of the table raises, or is wrong and told.
+            asks = "something in the file is named by nobody: grains that the twin does not know may be lost"
+            repair = Repair(repair.text, repair.changes, asks)
         if bad is first:
             self._tell(first, number, "directory-entry", "its redundant twin is sound", repair, lost=True)
         else:

@@ -121,7 +121,7 @@ def check_plain(subject: Subject, header: HostedHeader) -> None:
     if found.last + rules.unit > sectors:
         space.blocked = "first the entries that name grains behind the end of the file must be mended"
     pairs = Twins(rules, tables, twins, found)
-    directories.report(space)
+    directories.report(space, pairs.no_grain_lost)
     outcome = pairs.report()
     report_shared(rules, tables, twins, found, space, outcome.mended)
     if overhead_wrong:

@@ -189,7 +189,8 @@ def _check_tables(subject: Subject, footer: Footer, records: Records) -> None:
     if directories.damaged and twins is None:
         directories.report_single(records.rebuild() or f"its grains are lost: {_SALVAGE}")
     else:
-        directories.report(space)
+        # The records tell of what the tables do not know.
+        directories.report(space, lambda: True)
     outcome = Twins(rules, tables, twins, found, records.is_hole).report()
     lost = outcome.lost
     report_zeros(rules, header, found, tables.entries, footer.at)
