@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from benchmarks import clients
@@ -16,7 +16,7 @@ from benchmarks.blocks import WornDisk, bring_into_cache, drop_from_cache
 from benchmarks.clients import ClientFailedError, Sample
 from benchmarks.images import Image, Images
 from benchmarks.nbd_client import pieces
-from benchmarks.servers import KINDS, Kind, Server, ServerFailedError, Tuning
+from benchmarks.servers import KINDS, OURS, Kind, Server, ServerFailedError, Tuning
 from benchmarks.targets import MEASURES
 from benchmarks.workloads import CopyIn, FirstByte, Workload
 from nbd_vmdk.units import GIB
@@ -164,11 +164,14 @@ class Runner:
         if isinstance(workload.client, CopyIn):
             source = self._images.get(workload.client.source).path
             bring_into_cache(source)
-        command = kind.command(path, workload.client.writes, self._settings.tuning)
+        tuning = replace(self._settings.tuning, workers=workload.workers)
+        command = kind.command(path, workload.client.writes, tuning)
         if isinstance(workload.client, FirstByte):
             return clients.first_byte(Server(command))
         with Server(command) as server:
             server.wait_ready()
+            if kind.name == OURS and tuning.workers > 1:
+                server.wait_for_all()
             clients.warm_up(workload, server, image)
             before = sum(server.cpu())
             sample = clients.run(workload, server, image, source, self._settings.seconds)

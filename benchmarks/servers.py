@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class Tuning:
 
     threads: int = DEFAULT_THREADS
     parameters: tuple[str, ...] = ()  # key=value of the plugin
+    workers: int = 1  # processes; several are for reading only
 
 
 Command = Callable[[str, bool, Tuning], list[str]]
@@ -62,8 +64,15 @@ def _nbdkit(writable: bool, *options: str) -> list[str]:
 
 
 def _ours(path: str, writable: bool, tuning: Tuning) -> list[str]:
+    if tuning.workers > 1:
+        return serve(path, "--threads", str(tuning.threads), workers=tuning.workers)
     threads = ("-t", str(tuning.threads))
     return [*_nbdkit(writable, *threads), "python", plugin_path(), f"file={path}", *tuning.parameters]
+
+
+def serve(path: str, *options: str, workers: int) -> list[str]:
+    """``nbd-vmdk serve``, which starts several nbdkits on one address, for reading."""
+    return [sys.executable, "-m", "nbd_vmdk", "serve", "-r", "--workers", str(workers), *options, path]
 
 
 def _qemu(aio: str) -> Command:
@@ -149,6 +158,14 @@ class Server:
         except subprocess.CalledProcessError as error:
             what = self.last_words() or error.stderr.decode(errors="replace").strip()
             raise ServerFailedError(f"does not serve this: {what}") from None
+
+    def wait_for_all(self) -> None:
+        """Return when ``nbd-vmdk serve`` has printed its URI: all its processes answer, not only one."""
+        end = time.monotonic() + START_TIMEOUT
+        while not self.last_words().startswith("nbd+unix:"):
+            if time.monotonic() > end:
+                raise ServerFailedError(f"no URI in {START_TIMEOUT:g} s {self.last_words()}".strip())
+            time.sleep(0.02)
 
     def last_words(self) -> str:
         """The last line that the server printed."""

@@ -21,7 +21,7 @@ from statistics import median
 from benchmarks.clients import run_fio
 from benchmarks.images import Image, Images
 from benchmarks.machine import FOLDER, alone
-from benchmarks.servers import START_TIMEOUT, Server, ServerFailedError
+from benchmarks.servers import Server, serve
 from benchmarks.workloads import Fio
 from nbd_vmdk.serving.asking import ask
 from nbd_vmdk.units import KIB
@@ -34,22 +34,8 @@ _CONNECTIONS = 4
 _COPY_REQUEST = 256 * KIB
 
 
-def _command(image: Image, workers: int, *options: str) -> list[str]:
-    words = ["serve", "-r", "--workers", str(workers), *options, image.path]
-    return [sys.executable, "-m", "nbd_vmdk", *words]
-
-
 def _copy(uri: str) -> list[str]:
     return ["nbdcopy", "-C", str(_CONNECTIONS), "-T", str(_CONNECTIONS), uri, "null:"]
-
-
-def _wait_for_all(server: Server) -> None:
-    """Return when all workers answer, which is when the URI is printed; nbdinfo is content with one."""
-    end = time.monotonic() + START_TIMEOUT
-    while not server.last_words().startswith("nbd+unix:"):
-        if time.monotonic() > end:
-            raise ServerFailedError(f"no URI in {START_TIMEOUT:g} s {server.last_words()}".strip())
-        time.sleep(0.02)
 
 
 def _client_cpu() -> float:
@@ -59,8 +45,8 @@ def _client_cpu() -> float:
 
 def _measure(image: Image, workers: int, depth: int | None, seconds: float) -> Measured:
     """Load by fio with requests of that depth on each connection; without a depth, by nbdcopy."""
-    with Server(_command(image, workers)) as server:
-        _wait_for_all(server)
+    with Server(serve(image.path, workers=workers)) as server:
+        server.wait_for_all()
         before, client = sum(server.cpu()), _client_cpu()
         if depth is None:
             begin = time.monotonic()
@@ -99,8 +85,8 @@ def compare(image: Image, counts: Sequence[int], rounds: int, seconds: float) ->
 def spread(image: Image, workers: int, runs: int) -> Counter[tuple[int, ...]]:
     """How many connections the workers got, most first, in how many runs of nbdcopy."""
     found: Counter[tuple[int, ...]] = Counter()
-    with Server(_command(image, workers, "--stats")) as server:
-        _wait_for_all(server)
+    with Server(serve(image.path, "--stats", workers=workers)) as server:
+        server.wait_for_all()
         before = _totals(server)
         for _ in range(runs):
             subprocess.run(_copy(server.uri), check=True)

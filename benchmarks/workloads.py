@@ -4,7 +4,7 @@ Names read as image/pattern: ``sparse/r4k-d16`` is random reads of 4 KiB at dept
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.servers import EMPTY, OURS, QEMU, RAW
 from benchmarks.targets import AtMost, Either, OfOwn, Target, Times
@@ -76,7 +76,7 @@ class Workload:
 
     ``targets`` maps measures to bars; the first measure is what the workload is about.  ``place`` is where
     the files are: "disk" or "tmpfs".  ``keep`` has each server keep its copy of a written image for all
-    rounds instead of getting a fresh one for each.
+    rounds instead of getting a fresh one for each.  ``workers`` is the number of processes that ours has.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Workload:
     place: str = "disk"
     cold: bool = False
     keep: bool = False
+    workers: int = 1
     quick: bool = False  # part of a QUICK run
     headline: str = field(default="")  # its name in the chart, if it is one of those shown there
 
@@ -155,6 +156,9 @@ _HEADLINES = {
 }
 _QUICK = {"sparse/r4k-d1", "sparse/r4k-d16", "sparse/s1m-d4", "stream-text/s1m-d4", "chain32/r4k-d16"}
 
+#: Processes in the rows of many connections that are for what several give.
+_WORKERS = 2
+
 _MAIN = {"s1m-d4": "mibps"}
 
 
@@ -177,7 +181,18 @@ def _reading(
 
 
 def _reads() -> list[Workload]:
-    rows = [_reading(kind, p, DEPTH_READS, _PLAIN[p]) for kind in ("flat", "sparse", "split") for p in _PLAIN]
+    rows = []
+    for kind in ("flat", "sparse", "split"):
+        rows += [_reading(kind, p, DEPTH_READS, _PLAIN[p]) for p in _PLAIN]
+        several = _reading(kind, "r4k-4conn", DEPTH_READS, _PLAIN["r4k-4conn"])
+        rows.append(
+            replace(
+                several,
+                name=f"{several.name}-workers",
+                title=f"{several.title}, ours with --workers {_WORKERS}",
+                workers=_WORKERS,
+            )
+        )
     rows += [
         _reading(kind, p, DEPTH_READS, {})
         for kind in ("cowd", "sesparse")
