@@ -148,6 +148,10 @@ def test_the_kernels_own_client_attaches_over_tcp(guest: Guest, tmp_path: Path, 
         detach() {{
             nbd-client -d /dev/nbd0 >/dev/null
             wait $client  # it stays as long as the device is attached
+            for i in 1 2 3 4 5 6 7 8 9 10; do  # and the kernel clears up a moment later
+                [ -e /sys/block/nbd0/pid ] || break
+                sleep 0.3
+            done
             echo "@@ left $(ls /sys/block/nbd0 | grep -c pid) $(cat /sys/block/nbd0/size)"
         }}
         see_partition() {{
