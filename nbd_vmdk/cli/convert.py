@@ -96,6 +96,12 @@ _CREATE: Final = (
     metavar="N",
     help="Of streamOptimized: 1 is fastest, 12 smallest.  [default: 6]",
 )
+@click.option(
+    "--reflink",
+    is_flag=True,
+    help="Let a raw or flat DST share blocks with SRC where the file system can (XFS, btrfs): that takes no "
+    "time and no space, and zeros are not looked for.",
+)
 @click.option("--verify", is_flag=True, help="Read DST back and compare it with SRC.")
 @click.option("--force", is_flag=True, help="Replace DST if it is there; needed for a block device.")
 @open_options
@@ -111,6 +117,7 @@ def convert(
     ova: bool,
     threads: int | None,
     level: int | None,
+    reflink: bool,
     verify: bool,
     force: bool,
     **options: Any,
@@ -120,8 +127,7 @@ def convert(
     SRC is a VMDK, an appliance or a machine with one disk (app.ova:disk1.vmdk is one of several), a raw file,
     a block device or an NBD URI; DST a new VMDK, OVA or raw file, a block device or an NBD URI.  Zeros stay
     unallocated.  DST appears when it is whole, or not at all; a device or an export is written in place, and
-    what is on it behind the end of SRC stays.  Where a file system lets files share blocks, as XFS and btrfs
-    do, a raw or flat DST beside SRC shares those of SRC, and takes no time and no space.
+    what is on it behind the end of SRC stays.
 
     What SRC is its name tells, not its content, which may be a guest's: a file is opened as a VMDK only if it
     is called .vmdk, or leads to one, as a folder, a .vmx, .vmsd, .ovf or .ova does; a device or an export is
@@ -146,7 +152,12 @@ def convert(
     create = {name: value for name in _CREATE if (value := options.pop(name))}
     with progress("converting") as told:
         work = Work(
-            threads=threads, level=level or DEFAULT_LEVEL, verify=verify, replace=force, progress=told
+            threads=threads,
+            level=level or DEFAULT_LEVEL,
+            verify=verify,
+            replace=force,
+            share=reflink,
+            progress=told,
         )
         made = run(source, target, kind=kind, create=create, work=work, **options)
     for note in made.notes:
@@ -163,6 +174,8 @@ def convert(
 def _summary(made: "Converted") -> str:
     text = f"{output.clean(made.target)}: {made.kind}, {format_size(made.size)}"
     text += f", {format_size(made.data)} of them data"
+    if made.shared:
+        text += f" ({format_size(made.shared)} shared with the source)"
     if made.occupied is not None:
         text += f", in a file of {format_size(made.occupied)}"
     return text + (", verified" if made.verified else "")

@@ -45,6 +45,7 @@ class Converted:
     kind      createType of a VMDK, ``raw``, ``device``, ``nbd`` or ``ova``
     size      bytes of the disk
     data      bytes of it that were written as data; the rest is zeros, or was there before
+    shared    bytes of those that were not written: they are in blocks that the source has as well
     occupied  bytes that the target's files really occupy, None where it is no file
     verified  it was read back and compared with its source
     notes     what was chosen for a new VMDK, and why
@@ -55,6 +56,7 @@ class Converted:
     kind: str
     size: int
     data: int
+    shared: int
     occupied: int | None
     verified: bool
     notes: tuple[str, ...]
@@ -109,6 +111,9 @@ def convert(
     if chosen in (RAW, *IN_PLACE) and fields:
         names = ", ".join(sorted(fields))
         raise OptionError(wanted, why=f"{names}: only a VMDK has that, and this is to be {chosen}")
+    if work.share and fields.get("preallocation") not in (None, "off"):
+        why = "--preallocation takes space for this image alone, and --reflink shares that of another"
+        raise OptionError(wanted, why=why)
     earlier = _earlier(since, base, onto=onto, target=wanted, kind=chosen)
     with _open_source(here, source_format, options) as opened:
         refuse_itself(opened.files, wanted)
@@ -143,6 +148,7 @@ def convert(
         kind=created.create_type if created is not None and is_vmdk else chosen or "vmdk",
         size=size,
         data=made.copied.data,
+        shared=made.copied.shared,
         occupied=_occupied(made.files) if made.files else None,
         verified=work.verify,
         notes=notes,

@@ -44,6 +44,8 @@ class Work:
     level     of deflating: 1 is fastest, 6 as small as everybody's default
     verify    read the result back and compare it with the source before it gets its name
     replace   a target that exists gives way
+    share     a raw or flat target gets blocks of the source's files where the file system lets files share
+              them; they are not read, and zeros in them stay allocated
     progress  told bytes done and of how many; verifying starts from 0 again
     """
 
@@ -51,6 +53,7 @@ class Work:
     level: int = DEFAULT_LEVEL
     verify: bool = False
     replace: bool = False
+    share: bool = False
     progress: Progress | None = None
 
 
@@ -114,7 +117,7 @@ def write_raw(source: Source, path: str, work: Work) -> Made:
                 sink,
                 zero_grain=HOLE_GRAIN,
                 threads=work.threads,
-                share=sharing(source, sink),
+                share=sharing(source, sink) if work.share else None,
                 progress=work.progress,
             )
             if work.verify:
@@ -180,9 +183,7 @@ def write_image(
         there = new.path(name)
         padded = source if source.size % SECTOR == 0 else Padded(source)
         created = create_image(there, padded.size, durable=False, **create)
-        # Who has space reserved wants it for this image alone.
-        may_share = create.get("preallocation") in (None, "off")
-        copied = fill_image(padded, there, path, work, may_share=may_share)
+        copied = fill_image(padded, there, path, work)
         if cid is not None:
             set_cid(there, cid, path)
         if work.verify:
@@ -191,11 +192,8 @@ def write_image(
         return Made(copied, new.publish(main=name), created)
 
 
-def fill_image(source: Source, there: str, label: str, work: Work, *, may_share: bool = False) -> Copied:
-    """Fill the new, empty image ``there`` with the bytes of ``source``.
-
-    ``may_share`` lets it have blocks of the file system in common with the source.
-    """
+def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
+    """Fill the new, empty image ``there`` with the bytes of ``source``."""
     with closing(_open_file(there, label)) as storage:
         storage.write_behind = True
         head = storage.read(0, min(SECTOR, storage.size))
@@ -207,7 +205,7 @@ def fill_image(source: Source, there: str, label: str, work: Work, *, may_share:
     with open_disk(there, writable=True, locks=False) as disk:
         for extent in disk.links[0].storages:
             extent.write_behind = True
-        return _fill_disk(source, disk, work, may_share=may_share)
+        return _fill_disk(source, disk, work)
 
 
 def with_new_cid(head: bytes, header: HostedHeader, label: str) -> bytes:
@@ -258,7 +256,7 @@ def fill_stream(source: Source, storage: Storage, header: HostedHeader, work: Wo
     return copied
 
 
-def _fill_disk(source: Source, disk: Disk, work: Work, *, may_share: bool) -> Copied:
+def _fill_disk(source: Source, disk: Disk, work: Work) -> Copied:
     sink = DiskSink(disk, fresh=True)
     # Whole grains: a part of one would be filled up with zeros by a write of its own.
     grain = max(disk.links[0].grain, 1)
@@ -268,7 +266,7 @@ def _fill_disk(source: Source, disk: Disk, work: Work, *, may_share: bool) -> Co
         grain=grain,
         zero_grain=max(grain, HOLE_GRAIN),
         threads=work.threads,
-        share=sharing(source, sink) if may_share else None,
+        share=sharing(source, sink) if work.share else None,
         progress=work.progress,
     )
 

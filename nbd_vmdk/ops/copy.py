@@ -81,11 +81,15 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What a copy did, in bytes: ``data`` written or shared, ``zeros`` known or found, ``holes`` left."""
+    """What a copy did, in bytes: ``data`` written, ``zeros`` known or found, ``holes`` left alone.
+
+    ``shared`` is what of the data was not written but shared.
+    """
 
     data: int
     zeros: int
     holes: int
+    shared: int = 0
 
 
 class _Part(NamedTuple):
@@ -162,6 +166,7 @@ class _Copier:
         self._done: set[int] = set()  # later ones that are
         self._covered = 0
         self._counts = {Kind.DATA: 0, Kind.ZERO: 0, Kind.HOLE: 0}
+        self._shared = 0
         self._error: BaseException | None = None
 
     def run(self, threads: int) -> Copied:
@@ -177,7 +182,8 @@ class _Copier:
         if self._error is not None:
             raise self._error
         self._tell()
-        return Copied(self._counts[Kind.DATA], self._counts[Kind.ZERO], self._counts[Kind.HOLE])
+        counts = self._counts
+        return Copied(counts[Kind.DATA], counts[Kind.ZERO], counts[Kind.HOLE], self._shared)
 
     def _tell(self) -> None:
         if self._progress is not None:
@@ -216,7 +222,7 @@ class _Copier:
             return
         if self._share is not None and part.kind is not Kind.ZERO:
             shared = self._share(part.offset, part.length)
-            self._count(Kind.DATA, shared)
+            self._count(Kind.DATA, shared, shared)
             part = _Part(part.offset + shared, part.length - shared, part.kind)
             if not part.length:
                 return
@@ -271,8 +277,9 @@ class _Copier:
         if end > begin:
             yield begin, end
 
-    def _count(self, kind: Kind, length: int) -> None:
+    def _count(self, kind: Kind, length: int, shared: int = 0) -> None:
         with self._turn:
+            self._shared += shared
             self._counts[kind if kind in self._counts else Kind.DATA] += length
 
     def _wait_for(self, number: int) -> None:

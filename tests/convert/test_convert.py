@@ -197,6 +197,14 @@ def test_raw_bytes_have_no_parent(tmp_path: Path, option: dict[str, Any]) -> Non
     assert not leftovers(tmp_path)
 
 
+def test_shared_space_is_not_reserved(tmp_path: Path) -> None:
+    source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+    create = {"kind": "monolithicFlat", "create": {"preallocation": "falloc"}}
+    with pytest.raises(OptionError, match="space for this image alone"):
+        convert(source, str(tmp_path / "b.vmdk"), work=Work(share=True), **create)
+    assert not leftovers(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["guest.raw", "guest.img", "guest", "guest-flat.vmdk", "guest-f001.vmdk"])
 def test_a_guest_can_not_make_its_disk_a_descriptor(tmp_path: Path, name: str) -> None:
     guest = tmp_path / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -53,10 +54,11 @@ def is_same(one: Path, other: str) -> bool:
 
 def test_flat_and_raw_disks_share_their_blocks(folder: Path, raw: Path) -> None:
     before = taken(folder)
-    assert main(["convert", "disk.raw", "flat.vmdk", "--type", "monolithicFlat"]) == 0
-    split = ["--type", "twoGbMaxExtentFlat", "--extent-size", "16M"]
+    flat = ["--reflink", "--type", "monolithicFlat"]
+    assert main(["convert", "disk.raw", "flat.vmdk", *flat]) == 0
+    split = ["--reflink", "--type", "twoGbMaxExtentFlat", "--extent-size", "16M"]
     assert main(["convert", "flat.vmdk", "split.vmdk", *split]) == 0
-    assert main(["convert", "split.vmdk", "again.raw"]) == 0
+    assert main(["convert", "split.vmdk", "again.raw", "--reflink", "--verify"]) == 0
     assert main(["clone", "split.vmdk", "clone.vmdk"]) == 0
     assert taken(folder) - before < DATA // 4
     for made in ("flat.vmdk", "split.vmdk", "again.raw", "clone.vmdk"):
@@ -66,30 +68,41 @@ def test_flat_and_raw_disks_share_their_blocks(folder: Path, raw: Path) -> None:
 def test_grains_are_shared_where_they_lie_on_blocks(folder: Path, raw: Path) -> None:
     assert main(["convert", "disk.raw", "sparse.vmdk"]) == 0
     before = taken(folder)
-    assert main(["convert", "sparse.vmdk", "again.raw"]) == 0
+    assert main(["convert", "sparse.vmdk", "again.raw", "--reflink"]) == 0
     assert taken(folder) - before < DATA // 4
     assert is_same(raw, "again.raw")
 
 
 def test_writing_to_the_copy_leaves_the_original(folder: Path, raw: Path) -> None:
-    assert main(["convert", "disk.raw", "flat.vmdk", "--type", "monolithicFlat"]) == 0
-    assert main(["convert", "disk.raw", "other.raw"]) == 0
+    assert main(["convert", "disk.raw", "flat.vmdk", "--reflink", "--type", "monolithicFlat"]) == 0
+    assert main(["convert", "disk.raw", "other.raw", "--reflink"]) == 0
     with open_disk(folder / "flat.vmdk", writable=True) as disk:
         disk.pwrite(os.urandom(MIB), 2 * MIB)
     assert not is_same(raw, "flat.vmdk")
     assert is_same(raw, "other.raw")
 
 
-def test_reserved_space_is_the_image_s_own(folder: Path, raw: Path) -> None:
+def test_a_copy_without_being_asked_has_its_own_blocks_and_no_zeros(folder: Path, raw: Path) -> None:
+    with open(raw, "r+b") as file:
+        file.seek(4 * MIB)
+        file.write(bytes(8 * MIB))
     before = taken(folder)
-    options = ["--type", "monolithicFlat", "--preallocation", "falloc"]
-    assert main(["convert", "disk.raw", "flat.vmdk", *options]) == 0
-    assert taken(folder) - before >= SIZE
-    assert is_same(raw, "flat.vmdk")
+    assert main(["convert", "disk.raw", "again.raw"]) == 0
+    assert DATA - 9 * MIB < taken(folder) - before < DATA - 7 * MIB
+    assert is_same(raw, "again.raw")
+
+
+def test_it_tells_how_much_is_shared(folder: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert raw.parent == folder
+    assert main(["convert", "disk.raw", "again.raw", "--reflink", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["shared"] > DATA - MIB
+    assert main(["convert", "disk.raw", "sparse.vmdk", "--reflink", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shared"] == 0
 
 
 def test_what_was_shared_counts_as_written(folder: Path, raw: Path) -> None:
     """A content ID that says "never written" would let a child of another base be taken for one of this."""
     assert raw.exists()
-    assert main(["convert", "disk.raw", "flat.vmdk", "--type", "monolithicFlat"]) == 0
+    assert main(["convert", "disk.raw", "flat.vmdk", "--reflink", "--type", "monolithicFlat"]) == 0
     assert "CID=fffffffe" not in (folder / "flat.vmdk").read_text()
