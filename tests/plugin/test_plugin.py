@@ -590,6 +590,8 @@ def test_relative_path_in_the_background(tmp_path: Any) -> None:
     path, pidfile = tmp_path / "socket", tmp_path / "pid"
     command = ["nbdkit", "-U", str(path), "-P", str(pidfile), "python", PLUGIN, "file=top.vmdk"]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment(), timeout=20)
+    # The file is written by the child, after the parent may have ended.
+    wait_for(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"))
     pid = int(pidfile.read_text())
     try:
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
