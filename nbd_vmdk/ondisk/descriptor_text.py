@@ -214,14 +214,8 @@ def codec_of(label: str) -> str | None:
     return _CODECS.get(re.sub(r"^(?:cp|ms|ibm)-?(?=[0-9])", "windows-", folded))
 
 
-def text_codec(raw: bytes, lines: Sequence[Line]) -> str:
-    """The codec that the text is in: as it says if that is true, else UTF-8, else a Windows one."""
-    declared: dict[str, str] = {}
-    for line in lines:
-        if line.kind == "key":
-            value = read_value(raw, line, "latin-1")
-            declared.setdefault(value.key.lower(), value.text)
-    label = declared.get("encoding") or declared.get("ddb.encoding") or ""
+def fitting_codec(raw: bytes, label: str) -> str:
+    """The codec that a text is in: the one that it names if that is true, else UTF-8, else a Windows one."""
     # A byte order mark was put there by an editor that saved the file as UTF-8, whatever it says inside.
     for codec in ("utf-8" if raw.startswith(BOM) else codec_of(label), "utf-8", "cp1252"):
         try:
@@ -231,6 +225,16 @@ def text_codec(raw: bytes, lines: Sequence[Line]) -> str:
         except UnicodeDecodeError:
             pass
     return "latin-1"  # Has a character for every byte, so that nothing is lost.
+
+
+def text_codec(raw: bytes, lines: Sequence[Line]) -> str:
+    """The codec that a descriptor is in."""
+    declared: dict[str, str] = {}
+    for line in lines:
+        if line.kind == "key":
+            value = read_value(raw, line, "latin-1")
+            declared.setdefault(value.key.lower(), value.text)
+    return fitting_codec(raw, declared.get("encoding") or declared.get("ddb.encoding") or "")
 
 
 def encode_text(text: str, codec: str) -> bytes:

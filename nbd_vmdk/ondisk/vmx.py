@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbd_vmdk.errors import FormatError
-from nbd_vmdk.ondisk.descriptor_text import BOM, codec_of, shown
+from nbd_vmdk.ondisk.descriptor_text import fitting_codec, shown
 from nbd_vmdk.units import MIB
 
 #: More than any dictionary has: a machine of 200 disks and as many snapshots needs a few hundred KiB.
@@ -107,16 +107,7 @@ def _with_value(line: str, old: str, new: str) -> str:
 
 def _codec(raw: bytes) -> str:
     label = _ENCODING.search(raw)
-    declared = None if label is None else codec_of(label[1].decode("latin-1"))
-    # A byte order mark was put there by an editor that saved the file as UTF-8, whatever it says inside.
-    for codec in ("utf-8" if raw.startswith(BOM) else declared, "utf-8", "cp1252"):
-        try:
-            if codec is not None:
-                raw.decode(codec)
-                return codec
-        except UnicodeDecodeError:
-            pass
-    return "latin-1"  # has a character for every byte, so that nothing is lost
+    return fitting_codec(raw, "" if label is None else label[1].decode("latin-1"))
 
 
 def _value(text: str) -> str:
