@@ -107,8 +107,7 @@ class Made:
 def write_raw(source: Source, path: str, work: Work) -> Made:
     """Make ``path`` the raw bytes of ``source``, with holes where there are zeros."""
     with NewFiles(path, replace=work.replace) as new:
-        name = final_name(path, work)
-        with closing(new_file(new.path(name), path)) as storage:
+        with closing(new.create(new.name)) as storage:
             storage.write_behind = True
             storage.truncate(source.size)
             sink = StorageSink(storage, fresh=True)
@@ -122,7 +121,7 @@ def write_raw(source: Source, path: str, work: Work) -> Made:
             )
             if work.verify:
                 compare(source, StorageSource(storage), path, work)
-        return Made(copied, new.publish(main=name))
+        return Made(copied, new.publish(main=new.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +178,7 @@ def write_image(
     ``cid`` is its content ID; None draws one.
     """
     with NewFiles(path, replace=work.replace) as new, final_names(new.folder, path):
-        name = final_name(path, work)
-        there = new.path(name)
+        there = new.path(new.name)
         padded = source if source.size % SECTOR == 0 else Padded(source)
         created = create_image(there, padded.size, durable=False, **create)
         copied = fill_image(padded, there, path, work)
@@ -189,7 +187,7 @@ def write_image(
         if work.verify:
             with open_disk(there, locks=False) as disk:
                 compare(padded, DiskSource(disk), path, work)
-        return Made(copied, new.publish(main=name), created)
+        return Made(copied, new.publish(main=new.name), created)
 
 
 def fill_image(source: Source, there: str, label: str, work: Work) -> Copied:
@@ -298,11 +296,6 @@ def refuse_itself(files: Iterable[Storage], target: str) -> None:
     same = (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
     if any(file.identity[: len(same)] == same for file in files):
         raise WriteRefused(target, why="it is a part of the source", hint="choose another target")
-
-
-def final_name(path: str, work: Work) -> str:
-    """The plain name that the new file gets: where a link is replaced, that of the file it leads to."""
-    return os.path.basename(os.path.realpath(path) if work.replace else path)
 
 
 def new_file(path: str, label: str) -> LocalFile:

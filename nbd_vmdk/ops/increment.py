@@ -39,7 +39,6 @@ from nbd_vmdk.ops.convert import (
     Place,
     Work,
     compare,
-    final_name,
     final_names,
     known_cid,
     refuse_itself,
@@ -193,11 +192,9 @@ def write_increment(
             _check_cids(below.links[0], since, cids_hold=cids_hold)
         refuse_itself((file for link in below.links for file in link.storages), path)
         with NewFiles(path, replace=work.replace) as new, final_names(new.folder, path):
-            name = final_name(path, work)
-            there = new.path(name)
-            place = os.path.dirname(os.path.realpath(path) if work.replace else path)
+            there = new.path(new.name)
             fields = {**create, "parent": base, "allow_dirs": allow_dirs}
-            created = _create(there, place, below, disk.size, fields)
+            created = _create(there, new.place, below, disk.size, fields)
             copied = _fill(disk, depth, there, base, below, work, allow_dirs)
             cid = known_cid(disk.links[0])
             if cid is not None and cids_hold:
@@ -209,7 +206,7 @@ def write_increment(
                     except Difference as error:
                         error.hint = f"{base} does not hold what {since.name} does: name another base"
                         raise
-            return Made(copied, new.publish(main=name), created)
+            return Made(copied, new.publish(main=new.name), created)
 
 
 def _check_base(below: Disk, since: Link) -> None:

@@ -20,7 +20,7 @@ from nbd_vmdk.errors import WriteRefused
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.ovf_build import Appliance, build_manifest, build_ovf, manifest_hash
-from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, final_name, new_file, with_new_cid
+from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, with_new_cid
 from nbd_vmdk.ops.copy import Copied, Source
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.create.products import DEFAULT_HWVERSION
@@ -92,17 +92,17 @@ def write_ova(source: Source, path: str, work: Work, create: Mapping[str, Any]) 
     """Make ``path`` an OVA with the disk ``source``; ``create`` goes to create_image."""
     padded = source if source.size % SECTOR == 0 else Padded(source)
     with NewFiles(path, replace=work.replace) as new:
-        name = final_name(path, work)
-        stem = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"\.ova$", "", name, flags=re.IGNORECASE))[:_MAX_STEM]
+        stem = re.sub(r"\.ova$", "", new.name, flags=re.IGNORECASE)
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:_MAX_STEM]
         disk_name = f"{stem or 'appliance'}-disk1.vmdk"
         created, header, head = _empty_disk(new.path(disk_name), padded.size, create)
-        with closing(new_file(new.path(name), path)) as archive:
+        with closing(new.create(new.name)) as archive:
             archive.write_behind = True
             copied = _write_archive(padded, archive, stem, disk_name, header, head, work)
         if work.verify:
-            with open_disk(new.path(name), locks=False) as disk:
+            with open_disk(new.path(new.name), locks=False) as disk:
                 compare(padded, DiskSource(disk), path, work)
-        return Made(copied, new.publish(main=name), created)
+        return Made(copied, new.publish(main=new.name), created)
 
 
 def _empty_disk(path: str, size: int, create: Mapping[str, Any]) -> tuple[Created, HostedHeader, bytes]:

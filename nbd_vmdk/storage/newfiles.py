@@ -49,7 +49,8 @@ class NewFiles:
     """A temporary folder beside ``target``; a context manager.
 
     ``folder`` is the path of the temporary folder.  Only its maker can look into it.  Leaving without
-    ``publish`` removes it with all that is in it.
+    ``publish`` removes it with all that is in it.  ``place`` is the folder of the files to come, and ``name``
+    what the target is called there.
 
     Raises FileExists when ``target`` is there, unless ``replace``; FileMissing or StorageError when its
     folder can't be had or written.  With ``replace`` a symbolic link stands for the file it leads to, and
@@ -72,26 +73,26 @@ class NewFiles:
         self._held = held
         self._locked: dict[str, LocalFile] = {}
         place = os.path.realpath(self.target) if replace else self.target
-        self._place, self._name = os.path.split(place)
+        self.place, self.name = os.path.split(place)
         self.folder = ""
         self._into = -1
         self._from = -1
 
     def __enter__(self) -> Self:
-        if not self._name or self._name in (os.curdir, os.pardir):
+        if not self.name or self.name in (os.curdir, os.pardir):
             raise StorageError.of(
                 OSError(errno.EISDIR, os.strerror(errno.EISDIR)), self.target, "make files in place of"
             )
         try:
-            self._into = os.open(self._place or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._into = os.open(self.place or os.curdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise FileMissing(self._place, hint="make that folder first") from error
+            raise FileMissing(self.place, hint="make that folder first") from error
         except OSError as error:
-            raise StorageError.of(error, self._place or os.curdir, "open the folder") from error
+            raise StorageError.of(error, self.place or os.curdir, "open the folder") from error
         try:
-            if not self._replace and lstat(self._into, self._name):
+            if not self._replace and lstat(self._into, self.name):
                 raise FileExists(self.target)
-            self._lock_old(self._name)
+            self._lock_old(self.name)
             self._make_folder()
         except BaseException:
             self._close()
@@ -99,7 +100,7 @@ class NewFiles:
         return self
 
     def _make_folder(self) -> None:
-        part = os.fsdecode(os.fsencode(self._name)[:_NAME_PART])
+        part = os.fsdecode(os.fsencode(self.name)[:_NAME_PART])
         locked_name = f".{part}.new-"
         sweep_empty(self._into, f".{part}.tmp-")
         if kept := sweep(self._into, locked_name):
@@ -109,7 +110,7 @@ class NewFiles:
                 hint="put them back, or the new ones beside .old in place, and remove that folder",
             )
         try:
-            self.folder = tempfile.mkdtemp(prefix=f".{part}.tmp-", dir=self._place or os.curdir)
+            self.folder = tempfile.mkdtemp(prefix=f".{part}.tmp-", dir=self.place or os.curdir)
             self._from = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if lock_folder(self._from):
                 locked = os.path.join(
@@ -130,7 +131,7 @@ class NewFiles:
         old = lstat(self._into, name)
         if self._held or old is None or not stat.S_ISREG(old.st_mode) or name in self._locked:
             return
-        path = self.target if name == self._name else self._label(name)
+        path = self._called(name)
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._into)
         except OSError as error:
@@ -165,10 +166,10 @@ class NewFiles:
         try:
             fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError as error:
-            raise FileExists(self._label(name)) from error
+            raise FileExists(self._called(name)) from error
         except OSError as error:
-            raise StorageError.of(error, self._label(name), "create") from error
-        return LocalFile(fd, self._label(name), writable=True)
+            raise StorageError.of(error, self._called(name), "create") from error
+        return LocalFile(fd, self._called(name), writable=True)
 
     def reserve(self, name: str, length: int) -> None:
         """Take the space of the first ``length`` bytes of a file that was made.
@@ -262,7 +263,7 @@ class NewFiles:
             if self._durable:
                 os.fsync(self._into)
         except OSError as error:
-            raise StorageError.of(error, self._place or os.curdir, "sync the folder") from error
+            raise StorageError.of(error, self.place or os.curdir, "sync the folder") from error
 
     def _keep_old(self, names: list[str]) -> None:
         """Give the files that will be replaced a second name, by which they can be put back."""
@@ -307,7 +308,11 @@ class NewFiles:
             pass  # the first error is what the caller must hear
 
     def _label(self, name: str) -> str:
-        return os.path.join(self._place, name)
+        return os.path.join(self.place, name)
+
+    def _called(self, name: str) -> str:
+        """A file to come, as the user called it, who may have named a symbolic link."""
+        return self.target if name == self.name else self._label(name)
 
 
 class _Move(NamedTuple):

@@ -22,7 +22,7 @@ from nbd_vmdk.link import Link, LinkExtent
 from nbd_vmdk.ondisk import cowd, cowd_build, hosted_build, stream_build
 from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, new_layout
 from nbd_vmdk.ops.compact.blocks import block_of
-from nbd_vmdk.ops.convert import Work, fill_stream, new_file
+from nbd_vmdk.ops.convert import Work, fill_stream
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.rewrite import real_path
 from nbd_vmdk.ops.snapshot import files
@@ -117,7 +117,7 @@ def _make(link: Link, entry: LinkExtent, text: bytes, progress: Progress | None)
             progress(entry.start + done, link.size)
 
     with NewFiles(path, replace=True, held=True) as new:
-        with closing(new_file(new.path(name), path)) as storage:
+        with closing(new.create(name)) as storage:
             extent = _begin(storage, entry.extent, text if entry.extent.storage is link.storages[0] else b"")
             has_parent = link.descriptor is not None and link.descriptor.has_parent
             sink = _Ordered(extent, entry.start, has_parent=has_parent)
