@@ -29,7 +29,10 @@ COMPRESSION_NONE: Final = 0
 COMPRESSION_DEFLATE: Final = 1
 NEWLINES: Final = b"\n \r\n"
 
-#: Byte offset of the uncleanShutdown flag in the header.
+#: Bytes of the header at which a writer changes it: capacity, rgdOffset, gdOffset, uncleanShutdown.
+CAPACITY_AT: Final = 12
+RGD_OFFSET_AT: Final = 48
+GD_OFFSET_AT: Final = 56
 UNCLEAN_AT: Final = 72
 #: Entries are 32-bit sector numbers, so no grain or table can start beyond this sector, or this byte.
 MAX_ENTRY: Final = 0xFFFFFFFF

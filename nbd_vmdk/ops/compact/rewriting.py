@@ -32,8 +32,8 @@ from nbd_vmdk.storage.newfiles import NewFiles
 from nbd_vmdk.units import KIB, SECTOR
 
 #: What of a COWD header belongs to the disk: its flags; geometry, names and numbers.
-_COWD_FLAGS: Final = slice(8, 12)
-_COWD_WORDS: Final = slice(32, 4 * SECTOR)
+_COWD_FLAGS: Final = slice(cowd.FLAGS_AT, cowd.FLAGS_AT + 4)
+_COWD_WORDS: Final = slice(cowd.GEOMETRY_AT, 4 * SECTOR)
 #: What file systems allocate at least; smaller holes in a file give nothing back.
 _BLOCK: Final = 4 * KIB
 _ZEROS: Final = bytes(_BLOCK)

@@ -18,27 +18,15 @@ import struct
 import sys
 from array import array
 from dataclasses import replace
-from typing import Final
 
 from nbd_vmdk.errors import OptionError, StorageError
-from nbd_vmdk.ondisk import cowd, cowd_build, hosted_build
+from nbd_vmdk.ondisk import cowd, cowd_build, hosted, hosted_build
 from nbd_vmdk.ondisk.cowd import CowdHeader
 from nbd_vmdk.ondisk.descriptor_build import Geometry
 from nbd_vmdk.ondisk.hosted import HostedHeader
 from nbd_vmdk.ops.resize.changes import Change, is_zero
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR, align_up, format_size
-
-#: Bytes of fields in a hosted header: capacity, place of the redundant directory, of the directory.
-_CAPACITY_AT: Final = 12
-_REDUNDANT_AT: Final = 48
-_DIRECTORY_AT: Final = 56
-#: Capacity and number of directory entries of a COWD header, and the geometry that a base's has.
-_COWD_CAPACITY_AT: Final = 12
-_COWD_ENTRIES_AT: Final = 24
-_COWD_GEOMETRY_AT: Final = 32
-_COWD_ROOT: Final = 1
-_COWD_FLAGS_AT: Final = 8
 
 
 def grow_hosted(storage: Storage, header: HostedHeader, size: int, sectors: int) -> list[Change]:
@@ -80,9 +68,9 @@ def grow_hosted(storage: Storage, header: HostedHeader, size: int, sectors: int)
         places = directories
         if count:
             places = _add_tables(storage, header, larger, directories, table, moved=moved)
-        fields = {_CAPACITY_AT: sectors, _DIRECTORY_AT: places[-1] // SECTOR}
+        fields = {hosted.CAPACITY_AT: sectors, hosted.GD_OFFSET_AT: places[-1] // SECTOR}
         if len(places) > 1:
-            fields[_REDUNDANT_AT] = places[0] // SECTOR
+            fields[hosted.RGD_OFFSET_AT] = places[0] // SECTOR
         _patch(storage, fields, "<Q")
 
     return [*changes, Change(text, apply)]
@@ -128,7 +116,7 @@ def _add_tables(
 
 def shrink_hosted(storage: Storage, sectors: int) -> None:
     """Give a hosted extent a smaller capacity; the tables behind it stay where they are."""
-    _patch(storage, {_CAPACITY_AT: sectors}, "<Q")
+    _patch(storage, {hosted.CAPACITY_AT: sectors}, "<Q")
 
 
 def grow_cowd(
@@ -161,11 +149,11 @@ def grow_cowd(
         storage.write(bytes(end - begin), begin)
         storage.sync()
         head = storage.read(0, SECTOR)
-        fields = {_COWD_CAPACITY_AT: sectors, _COWD_ENTRIES_AT: entries}
+        fields = {cowd.CAPACITY_AT: sectors, cowd.ENTRIES_AT: entries}
         free = int.from_bytes(head[cowd.FREE_SECTOR_AT : cowd.FREE_SECTOR_AT + 4], "little")
         fields[cowd.FREE_SECTOR_AT] = max(free, end // SECTOR)
-        if int.from_bytes(head[_COWD_FLAGS_AT : _COWD_FLAGS_AT + 4], "little") & _COWD_ROOT:
-            fields.update({_COWD_GEOMETRY_AT + 4 * i: number for i, number in enumerate(geometry)})
+        if int.from_bytes(head[cowd.FLAGS_AT : cowd.FLAGS_AT + 4], "little") & cowd.FLAG_ROOT:
+            fields.update({cowd.GEOMETRY_AT + 4 * i: number for i, number in enumerate(geometry)})
         if storage.size < end:
             storage.truncate(end)
         _patch(storage, fields, "<I")
@@ -177,7 +165,7 @@ def grow_cowd(
 def shrink_cowd(storage: Storage, header: CowdHeader, sectors: int) -> None:
     """Give a COWD extent a smaller capacity; what stands behind the directory stays where it is."""
     entries = -(-sectors // (cowd.ENTRIES_PER_TABLE * header.grain_sectors))
-    _patch(storage, {_COWD_CAPACITY_AT: sectors, _COWD_ENTRIES_AT: entries}, "<I")
+    _patch(storage, {cowd.CAPACITY_AT: sectors, cowd.ENTRIES_AT: entries}, "<I")
 
 
 def _make_way(storage: Storage, header: CowdHeader, begin: int, end: int) -> None:
