@@ -308,15 +308,18 @@ class Disk:
             raise WriteRefused(self.links[0].name, why="it is open for reading only")
         self._committer.admit()
 
-    def pwrite(self, buf: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> None:
-        """Write ``buf`` at ``offset``; with ``fua`` it is durable when this returns."""
-        view = memoryview(buf)
-        self._check_writable(offset, len(view))
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> None:
+        """Write ``data`` at ``offset``; with ``fua`` it is durable when this returns."""
+        self.write_from(memoryview(data).cast("B"), offset, fua=fua)
+
+    def write_from(self, buf: memoryview, offset: int, *, fua: bool = False) -> None:
+        """As pwrite, for a memoryview of bytes: others count in something else."""
+        self._check_writable(offset, len(buf))
         if self._only is not None:  # the usual case needs no search for the extent
-            self._only.write(view, offset, self._below)
+            self._only.write(buf, offset, self._below)
             self._committer.wrote(self._only)
         else:
-            for extent in self.links[0].write(view, offset, self._below):
+            for extent in self.links[0].write(buf, offset, self._below):
                 self._committer.wrote(extent)
         if fua:
             self._committer.flush()

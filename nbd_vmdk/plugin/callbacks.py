@@ -135,7 +135,7 @@ class Handle:
     def __init__(self, disk: Disk | CountedDisk, *, writable: bool) -> None:
         self.disk = disk
         self.pread = disk.read_into
-        self.pwrite = disk.pwrite
+        self.pwrite = disk.write_from
         self.writable = writable
         self.states = KeptStates()
         self.threads = self.states.threads

@@ -113,11 +113,11 @@ class CountedDisk:
             raise
         self._stats.note("read", len(buf), begin, failed=False)
 
-    def pwrite(self, buf: memoryview, offset: int, *, fua: bool = False) -> None:
+    def write_from(self, buf: memoryview, offset: int, *, fua: bool = False) -> None:
         """See Disk."""
         begin = time.perf_counter_ns()
         try:
-            self._disk.pwrite(buf, offset, fua=fua)
+            self._disk.write_from(buf, offset, fua=fua)
         except VmdkError:
             self._stats.note("write", 0, begin, failed=True)
             raise

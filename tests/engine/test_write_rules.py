@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import threading
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,20 @@ def test_noaccess_zero_range(tmp_path: Any) -> None:
         forbidden(lambda: disk.pwrite(b"x", GRAIN))
         disk.zero(2 * GRAIN, 0)
         disk.trim(GRAIN, GRAIN)
+
+
+def test_a_buffer_is_written_by_its_bytes(tmp_path: Any) -> None:
+    with writable(hosted(tmp_path, grains=0)) as disk:
+        disk.pwrite(b"b" * GRAIN, GRAIN)
+        disk.pwrite(b"c" * GRAIN, 3 * GRAIN)  # behind it in the file
+        words = array("I", [7] * 256)
+        for data in (words, memoryview(words)):
+            disk.pwrite(data, 2 * GRAIN - 512)
+            same(disk.pread(1024, 2 * GRAIN - 512), words.tobytes())
+            same(disk.pread(GRAIN, 3 * GRAIN), b"c" * GRAIN)
+            with pytest.raises(OutOfRange):
+                disk.pwrite(data, disk.size - 512)
+        disk.pwrite(b"", disk.size)
 
 
 def test_requests_outside_the_disk(tmp_path: Any) -> None:

@@ -724,7 +724,7 @@ LocalFile.sync = sync
 if "BUG" in os.environ:
     def bug(*args, **kwargs):
         raise ZeroDivisionError("a bug")
-    disk.Disk.close = disk.Disk.pwrite = bug
+    disk.Disk.close = disk.Disk.write_from = bug
 """
 
 
