@@ -645,8 +645,19 @@ def test_signal_with_open_connections(serve: Serve, tmp_path: Any, number: int) 
 
 
 def test_signal_while_requests_run(serve: Serve, tmp_path: Any) -> None:
-    """What has been received is answered; what was answered is in the file."""
-    image = hosted(tmp_path, size=64 * MIB)
+    """What has been received is answered; what was answered is in the file.
+
+    A client that can't send the rest may hang up while it is answered, which nbdkit 1.32 may abort over (see
+    plugin/aborting.py): then once more.
+    """
+    for _ in range(3):
+        if (code := _signal_while_requests_run(serve, tmp_path)) != -signal.SIGABRT:
+            break
+    assert code == 0
+
+
+def _signal_while_requests_run(serve: Serve, folder: Any) -> int:
+    image = hosted(folder, size=64 * MIB)
     server = serve(image.path)
     connection = server.connect()
     buffers = [nbd.Buffer.from_bytearray(bytearray(noise(256 * KIB, turn))) for turn in range(64)]
@@ -663,11 +674,13 @@ def test_signal_while_requests_run(serve: Serve, tmp_path: Any) -> None:
             }
     except nbd.Error:
         pass  # the server has hung up
-    assert server.stop() == 0
-    check_sound(image.path)
-    with open_disk(image.path) as disk:
-        for turn in done:
-            same(disk.pread(256 * KIB, MIB + turn * 256 * KIB), noise(256 * KIB, turn))
+    code = server.stop()
+    if code == 0:
+        check_sound(image.path)
+        with open_disk(image.path) as disk:
+            for turn in done:
+                same(disk.pread(256 * KIB, MIB + turn * 256 * KIB), noise(256 * KIB, turn))
+    return code
 
 
 def test_client_that_never_comes_to_an_end(serve: Serve, tmp_path: Any) -> None:
