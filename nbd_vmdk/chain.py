@@ -63,13 +63,10 @@ def follow_chain(
         yield parent
         identity = parent.storages[0].identity
         if identity in seen:
-            raise ChainTooDeep(
-                top.name,
-                why=f"the chain of parents leads back to {parent.name}",
-                hint="a parent is misnamed in one of the descriptors: parentFileNameHint",
-            )
+            raise ChainTooDeep(top.name, why=f"the chain of parents leads back to {parent.name}")
         if len(seen) == MAX_LINKS:
-            raise ChainTooDeep(top.name, why=f"more than {MAX_LINKS} links")
+            hint = "let the product that made the snapshots delete some of them"
+            raise ChainTooDeep(top.name, why=f"more than {MAX_LINKS} links", hint=hint)
         seen.add(identity)
         _compare_sizes(link, parent)
         link = parent

@@ -70,7 +70,9 @@ class Disk:
         unchanging = len(links) - self.writable
         #: Worth having where the search may take more than one step.
         self._shortcuts = Shortcuts(links, int(self.writable), cache) if unchanging > 1 else None
-        self._unknown = LostSource(top.name, "it is in a parent that is not known")
+        self._unknown = LostSource(
+            top.name, "it is in a parent that is not known", "name the parent: --parent FILE"
+        )
         #: Finds what backs a range for reading; a base needs nobody to ask for its holes.
         self._locate = top.map if len(links) == 1 and not top.incomplete else self._map
         self._below: Below | None = self._read_below if len(links) > 1 else None

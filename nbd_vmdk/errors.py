@@ -31,7 +31,8 @@ The text lives on the class; a call site hands over the file and the fields, not
     ├── NbdError              an NBD server said no, or the connection to it is lost the server's
     └── OptionError           what the user asked for makes no sense                 EINVAL, exit 2
 
-``str(error)`` is one line, ``FILE: what is wrong``; ``error.hint`` is what to do, or None.  ``errno`` is
+``str(error)`` is one line, ``FILE: what is wrong``; ``error.hint`` is what to do, or None.  IMAGE in it is
+the disk, of which the file may be only a part; who opens the disk puts its name there.  ``errno`` is
 what an NBD client may be told: nbdkit 1.32 passes on EPERM, EIO, ENOMEM, EINVAL, ENOSPC, ENOTSUP and
 ESHUTDOWN, and turns the rest into EINVAL, so only those appear.  ``slug`` is a stable name for programs.
 """
@@ -52,6 +53,9 @@ _PASSED = {
     _errno.EFBIG: _errno.ENOSPC,
 }
 
+
+#: The hint for what may be damage, and may be of a product that came later.
+NEWER = "if it is not damaged it is newer than this program: let the product that made it export the disk"
 
 #: What a terminal or a log would obey, or that breaks a line; names in images may hold it.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -117,6 +121,7 @@ class BadField(FormatError):
 
     slug = "bad-field"
     template = "{field} is {value}: {why}"
+    hint_template = "nbd-vmdk check IMAGE tells all that is damaged, nbd-vmdk repair IMAGE what can be mended"
 
 
 class BadDescriptor(FormatError):
@@ -124,6 +129,7 @@ class BadDescriptor(FormatError):
 
     slug = "bad-descriptor"
     template = "descriptor line {line}: {why}"
+    hint_template = "it is a text: mend the line by hand, or get the file again"
 
 
 class Truncated(FormatError):
@@ -131,7 +137,10 @@ class Truncated(FormatError):
 
     slug = "truncated"
     template = "the file ends too early for {what}: {need} bytes needed, {have} there"
-    hint_template = "the file was cut off, perhaps by an interrupted copy or download: get it again"
+    hint_template = (
+        "the file was cut off, perhaps by an interrupted copy or download: get it again; "
+        "nbd-vmdk check IMAGE tells what is lost, nbd-vmdk repair IMAGE what can be mended"
+    )
 
 
 class Unreadable(FormatError):
@@ -177,6 +186,7 @@ class ChainTooDeep(ChainError):
     """A loop in the chain, or more links than any product makes.  Fields: why."""
 
     slug = "chain-too-deep"
+    hint_template = "a parent is misnamed in one of the descriptors: parentFileNameHint"
 
 
 class TrustError(VmdkError):

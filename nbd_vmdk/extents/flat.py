@@ -105,13 +105,14 @@ class LostExtent(Extent):
 class LostSource:
     """A source whose every read fails; ``at`` counts guest bytes from the extent's start."""
 
-    def __init__(self, name: str, why: str) -> None:
+    def __init__(self, name: str, why: str, hint: str | None = None) -> None:
         self.name = name
         self._why = why
+        self._hint = hint
 
     def read_into(self, buf: memoryview, at: int) -> None:
         """Raise Unreadable."""
-        raise Unreadable(self.name, offset=at, length=len(buf), why=self._why)
+        raise Unreadable(self.name, offset=at, length=len(buf), why=self._why, hint=self._hint)
 
     def advise(self, at: int, length: int) -> None:
         """See Source: there is nothing to be read."""

@@ -41,6 +41,8 @@ from nbd_vmdk.ondisk.stream import MarkerType, MetadataRecord, parse_record
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR
 
+_LOST_HINT = "only a whole copy of the file has it; all else can be read"
+
 
 class SalvagedExtent(StreamExtent):
     """A streamOptimized extent read by its markers and by what is left of its tables."""
@@ -48,10 +50,14 @@ class SalvagedExtent(StreamExtent):
     def __init__(self, storage: Storage, header: HostedHeader, cache: Cache, *, size: int) -> None:
         refuse_huge_grains(storage, header)
         if not header.markers:
-            raise Unsupported(storage.name, what="a compressed disk without markers, which salvage needs")
+            raise Unsupported(
+                storage.name,
+                what="a compressed disk without markers, which salvage needs",
+                hint="read it without --salvage: what its tables lead to can be read",
+            )
         self._salvaged = salvage(storage, header, cache)
         self._setup(storage, header, self._salvaged, self._salvaged.empty_from, size)
-        self._lost = LostSource(storage.name, "this part of the damaged stream is lost")
+        self._lost = LostSource(storage.name, "this part of the damaged stream is lost", _LOST_HINT)
 
     def map(self, offset: int, length: int) -> Mapping:
         """See Extent."""

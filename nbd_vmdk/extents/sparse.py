@@ -198,7 +198,7 @@ class SparseExtent(Extent):
         except FormatError:
             slot = self._entries
         length = min((number * self._entries + slot) * self.grain - offset, length)
-        return Kind.LOST, length, LostSource(self.storage.name, error.message), offset
+        return Kind.LOST, length, LostSource(self.storage.name, error.message, error.hint), offset
 
     def _bad_entry(self, entry: int, index: int, why: str) -> BadField:
         return BadField(

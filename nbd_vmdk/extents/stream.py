@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.codec import CorruptGrain, inflate
-from nbd_vmdk.errors import BadField, FormatError, Truncated, Unreadable, Unsupported
+from nbd_vmdk.errors import NEWER, BadField, FormatError, Truncated, Unreadable, Unsupported
 from nbd_vmdk.extents.base import Kind, Mapping
 from nbd_vmdk.extents.hosted import HostedTables
 from nbd_vmdk.extents.sparse import SparseExtent
@@ -31,7 +31,11 @@ MAX_PACKED_GRAIN: Final = 32 * MIB
 _FOOTER_SEARCH: Final = MIB
 #: Tables looked at, from the last one backwards, to see whether the file's tail is there.
 _TAIL_TABLES: Final = 1024
-_SALVAGE_HINT: Final = "to read what is left of it, add --salvage; what was lost gives read errors"
+_SALVAGE_HINT: Final = (
+    "nbd-vmdk repair IMAGE shows what can be mended; to read what is left of it, add --salvage: "
+    "what was lost gives read errors"
+)
+_GRAIN_HINT: Final = "get the file again; nbd-vmdk check --data IMAGE lists all grains that are damaged"
 _LENGTH: Final = struct.Struct("<I")
 #: A table entry of salvaged tables: nobody knows what was there.
 LOST_ENTRY: Final = 0xFFFFFFFF
@@ -198,6 +202,7 @@ class Inflater:
             offset=offset,
             length=min(self._grain, self._size - offset),
             why=f"compressed grain {index} is damaged, {why}",
+            hint=_GRAIN_HINT,
         )
 
 
@@ -297,8 +302,17 @@ def refuse_huge_grains(storage: Storage, header: HostedHeader) -> None:
     """Raise Unsupported for grains that no writer makes and inflating which would take too much memory."""
     if header.grain > MAX_PACKED_GRAIN:
         raise Unsupported(
-            storage.name, what=f"compressed grains of {header.grain} bytes; {MAX_PACKED_GRAIN} is the most"
+            storage.name,
+            what=f"compressed grains of {header.grain} bytes; {MAX_PACKED_GRAIN} is the most",
+            hint=NEWER,
         )
+
+
+def has_footer(storage: Storage) -> bool:
+    """Whether a file whose header tells nothing ends as a compressed extent does."""
+    size = storage.size - storage.size % SECTOR
+    search = min(size, _FOOTER_SEARCH)
+    return footer_header_offset(storage.read(size - search, search)) is not None
 
 
 def with_directory(storage: Storage, header: HostedHeader) -> tuple[bool, HostedHeader]:
@@ -319,7 +333,7 @@ def with_directory(storage: Storage, header: HostedHeader) -> tuple[bool, Hosted
                 what="its footer, which holds the place of the grain directory",
                 need=storage.size + FOOTER_LENGTH,
                 have=storage.size,
-                hint="the file was cut off: get it again, or " + _SALVAGE_HINT,
+                hint="the file was cut off: get it again; else " + _SALVAGE_HINT,
             )
         return False, header
     try:

@@ -88,7 +88,7 @@ class GrainTables(ABC):
             field=f"grain directory entry {number}",
             value=f"{entry:#x}",
             why="no grain table can be there",
-            hint="the image is damaged, or was cut off; what other tables map can still be read",
+            hint="what other tables map can still be read; nbd-vmdk repair IMAGE shows what can be mended",
         )
 
     @property

@@ -37,7 +37,7 @@ _READ: Final = MIB
 #: Tables of an extent of 64 TiB, as everybody makes them; a header may speak of sixteen times as many.
 _MOST_TABLES: Final = 1 << 21
 _HINT: Final = (
-    "nbd-vmdk check {file} tells more, nbd-vmdk repair {file} shows what can be mended; or read it with -r"
+    "nbd-vmdk check IMAGE tells more, nbd-vmdk repair IMAGE shows what can be mended; or read it with -r"
 )
 
 
@@ -142,7 +142,7 @@ def _words(raw: bytes) -> "array[int]":
 
 
 def _bad(storage: Storage, field: str, value: int, why: str) -> BadField:
-    return BadField(storage.name, field=field, value=value, why=why, hint=_HINT.format(file=storage.name))
+    return BadField(storage.name, field=field, value=value, why=why, hint=_HINT)
 
 
 def _ascending(directories: "Iterable[array[int]]") -> "array[int]":

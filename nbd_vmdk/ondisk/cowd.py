@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from nbd_vmdk.errors import BadField, NotVmdk, Truncated
+from nbd_vmdk.errors import NEWER, BadField, NotVmdk, Truncated
 from nbd_vmdk.units import MIB, SECTOR
 
 MAGIC: Final = b"COWD"
@@ -68,11 +68,11 @@ def parse_header(data: bytes, file: str) -> CowdHeader:
         raise Truncated(file, what="its header", need=_SIZE, have=len(data))
     _magic, version, flags, capacity, grain, directory, entries, free = _HEADER.unpack_from(data)
 
-    def refuse(field: str, value: object, why: str) -> BadField:
-        return BadField(file, field=field, value=value, why=why)
+    def refuse(field: str, value: object, why: str, hint: str | None = None) -> BadField:
+        return BadField(file, field=field, value=value, why=why, hint=hint)
 
     if version > _MAX_VERSION:
-        raise refuse("version", version, "only 1 is known")
+        raise refuse("version", version, "only 1 is known", NEWER)
     if not 1 <= grain <= _MAX_GRAIN_SECTORS or grain & (grain - 1):
         raise refuse("grainSize", grain, f"must be a power of two up to {_MAX_GRAIN_SECTORS} sectors")
     needed = -(-capacity // (ENTRIES_PER_TABLE * grain))

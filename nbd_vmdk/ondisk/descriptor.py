@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
-from nbd_vmdk.errors import BadDescriptor, NotVmdk, Unsupported
+from nbd_vmdk.errors import NEWER, BadDescriptor, NotVmdk, Unsupported
 from nbd_vmdk.ondisk.descriptor_text import (
     BOM,
     EMBEDDED_LIMIT,
@@ -420,7 +420,7 @@ def _version(value: Value | None, file: str) -> int:
     if not match or int(match[0]) < 1:
         raise BadDescriptor(file, line=value.line.number, why=f"{shown(value.text)} is no version")
     if int(match[0]) > _MAX_VERSION:
-        raise Unsupported(file, what=f"a descriptor of version {match[0]}")
+        raise Unsupported(file, what=f"a descriptor of version {match[0]}", hint=NEWER)
     return int(match[0])
 
 

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nbd_vmdk.errors import BadField, NotVmdk, Truncated, Unsupported
+from nbd_vmdk.errors import NEWER, BadField, NotVmdk, Truncated, Unsupported
 from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR, align_up
 
 MAGIC: Final = b"KDMV"
@@ -167,11 +167,11 @@ def parse_header(data: bytes, file: str) -> HostedHeader:
         compression,
     ) = _HEADER.unpack_from(data)
 
-    def refuse(field: str, value: object, why: str) -> BadField:
-        return BadField(file, field=field, value=value, why=why)
+    def refuse(field: str, value: object, why: str, hint: str | None = None) -> BadField:
+        return BadField(file, field=field, value=value, why=why, hint=hint)
 
     if version not in (1, 2, 3):
-        raise refuse("version", version, "only 1, 2 and 3 are known")
+        raise refuse("version", version, "only 1, 2 and 3 are known", NEWER)
     if flags & FLAG_NEWLINES and newlines != NEWLINES:
         raise BadField(
             file,
@@ -182,12 +182,14 @@ def parse_header(data: bytes, file: str) -> HostedHeader:
         )
     if flags & _INCOMPATIBLE:
         raise Unsupported(
-            file, what=f"header flags {flags:#x} hold an incompatible feature that is not known"
+            file,
+            what=f"header flags {flags:#x} hold an incompatible feature that is not known",
+            hint=NEWER,
         )
     if flags & FLAG_MARKERS and not flags & FLAG_COMPRESSED:
         raise refuse("flags", f"{flags:#x}", "markers without compression do not exist")
     if compression not in (COMPRESSION_NONE, COMPRESSION_DEFLATE):
-        raise Unsupported(file, what=f"grains are compressed with unknown method {compression}")
+        raise Unsupported(file, what=f"grains are compressed with unknown method {compression}", hint=NEWER)
     if not 1 <= grain <= _MAX_GRAIN_SECTORS or grain & (grain - 1):
         raise refuse("grainSize", grain, f"must be a power of two up to {_MAX_GRAIN_SECTORS} sectors")
     if not 1 <= entries <= _MAX_ENTRIES or entries & (entries - 1):

@@ -20,6 +20,7 @@ from nbd_vmdk.units import MIB
 
 #: An envelope of a hundred machines, with their licences in twenty languages, stays below this.
 MAX_ENVELOPE: Final = 8 * MIB
+_NO_OVF: Final = "get the appliance again, or name one of its disks, a .vmdk, itself"
 _MAX_ELEMENTS: Final = 200_000
 _MAX_DEPTH: Final = 64
 _MAX_DISKS: Final = 1000
@@ -67,13 +68,13 @@ def parse_envelope(raw: bytes, file: str) -> list[PackageDisk]:
     envelope without disks gives its files that are called .vmdk.  Raises FormatError.
     """
     if len(raw) > MAX_ENVELOPE:
-        raise FormatError(file, why=f"an envelope of {len(raw)} bytes, which none needs")
+        raise FormatError(file, why=f"an envelope of {len(raw)} bytes, which none needs", hint=_NO_OVF)
     parser = _Parser()
     try:
         parser.parse(_decode(raw))
         return _disks(parser.content)
     except _Refused as error:
-        raise FormatError(file, why=str(error)) from None
+        raise FormatError(file, why=str(error), hint=_NO_OVF) from None
 
 
 def _decode(raw: bytes) -> bytes:

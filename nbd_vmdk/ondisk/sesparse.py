@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from nbd_vmdk.errors import BadField, NotVmdk, Truncated, Unsupported
+from nbd_vmdk.errors import NEWER, BadField, NotVmdk, Truncated, Unsupported
 from nbd_vmdk.units import MAX_OFFSET, SECTOR, TIB
 
 CONST_MAGIC: Final = 0x00000000CAFEBABE
@@ -78,9 +78,9 @@ def parse_header(data: bytes, file: str) -> SeSparseHeader:
         return BadField(file, field=field, value=value, why=why)
 
     if version != VERSION:
-        raise Unsupported(file, what=f"seSparse version {version:#x}, only {VERSION:#x} is known")
+        raise Unsupported(file, what=f"seSparse version {version:#x}, only {VERSION:#x} is known", hint=NEWER)
     if flags or any(rest[:4]):
-        raise Unsupported(file, what="seSparse with flags or fields that are not known")
+        raise Unsupported(file, what="seSparse with flags or fields that are not known", hint=NEWER)
     if grain != _GRAIN_SECTORS:
         raise refuse("grainSize", grain, f"only {_GRAIN_SECTORS} sectors are known")
     if table != _TABLE_SECTORS:

@@ -20,6 +20,7 @@ from nbd_vmdk.units import MIB
 
 #: More than any dictionary has: a machine of 200 disks and as many snapshots needs a few hundred KiB.
 MAX_DICTIONARY: Final = 4 * MIB
+_OTHER: Final = "it is damaged, or something else under such a name: disks, *.vmdk, can be named themselves"
 
 #: Disks of one machine; VMware's largest has 256.
 MAX_DISKS: Final = 1000
@@ -56,9 +57,11 @@ class AttachedDisk:
 def parse_dictionary(raw: bytes, file: str) -> dict[str, str]:
     """The values of a dictionary by their keys in lower case; FormatError names the line that is wrong."""
     if len(raw) > MAX_DICTIONARY:
-        raise FormatError(file, why=f"longer than {MAX_DICTIONARY} bytes, as no machine's configuration is")
+        raise FormatError(
+            file, why=f"longer than {MAX_DICTIONARY} bytes, as no machine's configuration is", hint=_OTHER
+        )
     if b"\0" in raw:
-        raise FormatError(file, why="zero bytes in what should be a text")
+        raise FormatError(file, why="zero bytes in what should be a text", hint=_OTHER)
     found: dict[str, str] = {}
     for number, line in enumerate(_BREAK.split(raw.decode(_codec(raw)).removeprefix("\ufeff"))[::2], 1):
         text = line.strip(_BLANKS)
@@ -66,10 +69,16 @@ def parse_dictionary(raw: bytes, file: str) -> dict[str, str]:
             continue
         match = _ASSIGNMENT.fullmatch(text)
         if match is None:
-            raise FormatError(file, why=f'line {number} is {shown(text)}, not key = "value"')
+            raise FormatError(
+                file, why=f'line {number} is {shown(text)}, not key = "value"', hint="mend the line by hand"
+            )
         key, value = match[1].lower(), _value(match[2])
         if found.setdefault(key, value) != value:
-            raise FormatError(file, why=f"line {number} sets {shown(match[1])} a second time, differently")
+            raise FormatError(
+                file,
+                why=f"line {number} sets {shown(match[1])} a second time, differently",
+                hint="take the wrong one out by hand",
+            )
     return found
 
 

@@ -8,20 +8,21 @@ one that is.  Every file that a descriptor names is opened through the folder's 
 import re
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.errors import BadDescriptor, FormatError, InUse, NotVmdk, Unsupported, VmdkError
+from nbd_vmdk.errors import BadDescriptor, InUse, NotVmdk, Unsupported, VmdkError
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.flat import FlatExtent, refuse_shared
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
-from nbd_vmdk.look import EXTENT_SUFFIX, embedded_text, find_owner, head_of
+from nbd_vmdk.look import embedded_text, find_owner, head_of
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import MAX_DESCRIPTOR, Descriptor, ExtentLine, last_component
-from nbd_vmdk.ondisk.probe import FileKind, describe_other, identify
+from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.opener.extents import open_extent, open_sparse
 from nbd_vmdk.opener.opening import Opening
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.refusal import advise, not_the_disk, refusal
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.locks import vmware_lock
@@ -46,6 +47,10 @@ def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, 
             raise InUse(folder.label(name), how=held)
         link = _open(opening, name)
         link.warnings.extend(opening.lock())
+    except VmdkError as error:
+        advise(error, folder, name)
+        opening.close()
+        raise
     except BaseException:
         opening.close()
         raise
@@ -66,7 +71,12 @@ def _open(opening: Opening, name: str) -> Link:
             header = hosted.parse_header(head, storage.name)
             text = embedded_text(storage, header)
             if text:
-                descriptor = Descriptor.parse(text, storage.name)
+                try:
+                    descriptor = Descriptor.parse(text, storage.name)
+                except (NotVmdk, BadDescriptor) as error:
+                    if opening.folder.read_only is None:
+                        error.hint = "nbd-vmdk repair IMAGE shows how the descriptor in it is made anew"
+                    raise
                 at = header.descriptor_sector * SECTOR
                 return _open_described(opening, name, descriptor, at=at, header=header)
             return _open_bare(opening, name, kind)
@@ -75,39 +85,7 @@ def _open(opening: Opening, name: str) -> Link:
         case FileKind.TAR:
             return _open_archive(opening, name)
         case _:
-            raise _refusal(opening, name, storage, kind, head)
-
-
-def _refusal(opening: Opening, name: str, storage: Storage, kind: FileKind, head: bytes) -> VmdkError:
-    """Why a file that is no VMDK is refused, and which one to open instead."""
-    hint: str | None = None
-    if kind is FileKind.UNFINISHED:
-        try:
-            hosted.parse_header(head, storage.name)
-        except FormatError as error:
-            return error
-    if kind is FileKind.CHANGE_TRACKING:
-        what = "a change-tracking file, which holds no disk data"
-        hint = f"name the disk it belongs to: {re.sub(r'-ctk(?=[.]vmdk$)', '', name)}"
-    elif kind is FileKind.EMPTY:
-        what = "an empty file"
-    elif owner := find_owner(opening.folder, name):
-        return _not_the_disk(opening, storage, owner)
-    else:
-        what, hint = describe_other(head)
-        if EXTENT_SUFFIX.search(name):
-            what = f"raw data without a descriptor ({what})"
-            needed = EXTENT_SUFFIX.sub("", name)
-            hint = f"it needs {needed} beside it: serve it with the descriptor that belongs to it"
-    return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", storage.name))
-
-
-def _not_the_disk(opening: Opening, storage: Storage, owner: str) -> NotVmdk:
-    return NotVmdk(
-        storage.name,
-        what=f"an extent of {owner}, not a disk by itself",
-        hint=f"open {opening.folder.label(owner)} instead",
-    )
+            raise refusal(opening.folder, name, storage, kind, head)
 
 
 def _open_archive(opening: Opening, name: str) -> Link:
@@ -131,7 +109,7 @@ def _open_bare(opening: Opening, name: str, kind: FileKind) -> Link:
     storage = opening.storages[name]
     owner = find_owner(opening.folder, name)
     if owner is not None:
-        raise _not_the_disk(opening, storage, owner)
+        raise not_the_disk(opening.folder, storage, owner)
     # ESX kinds are only ever deltas; a hosted extent shows it by its name alone.
     is_delta = kind is not FileKind.HOSTED or _DELTA_NAME.search(name) is not None
     opening.warnings.append(
@@ -166,10 +144,19 @@ def _open_described(
             file, what="the disk is encrypted", hint="decrypt it with the VMware product that made it"
         )
     if descriptor.native_snapshot and descriptor.has_parent:
-        raise Unsupported(file, what="a snapshot made by the storage array, which alone can resolve it")
+        raise Unsupported(
+            file,
+            what="a snapshot made by the storage array, which alone can resolve it",
+            hint="clone the disk on the ESXi host, or let the host consolidate its snapshots",
+        )
     lines = [line for line in descriptor.extents if line.sectors]
     if not lines:
-        raise BadDescriptor(file, line=1, why="the descriptor names no extents")
+        raise BadDescriptor(
+            file,
+            line=1,
+            why="the descriptor names no extents",
+            hint="it was cut off, or made by hand: get it again, or make one with nbd-vmdk create --extent",
+        )
     own = None if header is None or header.is_wrapper else own_line(name, lines, header)
     if opening.writable:
         written = {line.name for line in lines if line.access == "RW" and line.name}

@@ -52,7 +52,11 @@ def open_extent(opening: Opening, line: ExtentLine, own_name: str | None, file: 
         raise BadDescriptor(file, line=line.line, why=f"a {line.type} extent needs a file name")
     if line.type in ("VMFSRDM", "VSANSPARSE"):
         where = "on a LUN" if line.type == "VMFSRDM" else "in a vSAN object"
-        raise Unsupported(file, what=f"the data of {line.name} lies {where}, not in a file")
+        raise Unsupported(
+            file,
+            what=f"the data of {line.name} lies {where}, not in a file",
+            hint="let the ESXi host clone the disk into a file: vmkfstools -i",
+        )
     name = _resolve(opening, line, file)
     if line.type not in _RAW_TYPES:
         return open_sparse(opening, name, size=size, line=line)
@@ -64,6 +68,8 @@ def open_extent(opening: Opening, line: ExtentLine, own_name: str | None, file: 
             what=f"the extent on line {line.line} of {last_component(file)}",
             need=start + size,
             have=storage.size,
+            hint="the file was cut off, or copied while it grew: get it again; "
+            f"nbd-vmdk repair {file} --also file-short puts zeros where data are missing",
         )
     return FlatExtent(storage, start=start, size=size)
 
@@ -101,7 +107,11 @@ def open_sparse(opening: Opening, name: str, *, size: int | None, line: ExtentLi
     storage = opening.open(name)
     if storage.identity in opening.tabled:
         # Two writers of one file's tables would overwrite each other; and a short text could ask for many.
-        raise FormatError(storage.name, why="two extents of the disk name it, and a file with tables is one")
+        raise FormatError(
+            storage.name,
+            why="two extents of the disk name it, and a file with tables is one",
+            hint="one of the names in the descriptor is wrong: mend its text by hand",
+        )
     opening.tabled.add(storage.identity)
     head = head_of(storage)
     kind = identify(head)
@@ -113,6 +123,7 @@ def open_sparse(opening: Opening, name: str, *, size: int | None, line: ExtentLi
             field="its magic",
             value=head[:4].hex(" ") or "missing",
             why=f"not a {line.type if line else 'sparse'} extent",
+            hint="another file lies where that extent should: put the right one there, or get it again",
         )
     if kind is FileKind.COWD:
         return _open_cowd(opening, name, storage, cowd.parse_header(head, storage.name), size, line)

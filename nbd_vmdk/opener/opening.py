@@ -42,7 +42,7 @@ class Opening:
         self.storages[name] = storage
         there.close()
         if there.identity != storage.identity:
-            raise NotVmdk(there.name, what="it was replaced while it was being opened")
+            raise NotVmdk(there.name, what="it was replaced while it was being opened", hint="do it again")
         return storage
 
     def is_written(self, name: str, line: ExtentLine | None) -> bool:

@@ -212,7 +212,8 @@ def write_increment(
 def _check_base(below: Disk, since: Link) -> None:
     if below.size != since.size:
         why = f"it has {below.size} bytes and {since.name} has {since.size}, so it is no copy of that"
-        raise ChainError(below.links[0].name, why=why)
+        hint = f"name the copy that was made of {os.path.basename(since.name)}"
+        raise ChainError(below.links[0].name, why=why, hint=hint)
 
 
 def _check_cids(base: Link, since: Link, *, cids_hold: bool) -> None:

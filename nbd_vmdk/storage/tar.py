@@ -21,6 +21,8 @@ from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.window import Window
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
+_AGAIN = "the archive is damaged: get it again"
+_CUT = "the archive was cut off, perhaps by an interrupted copy or download: get it again"
 #: Headers of all kinds.  An appliance has a dozen; reading as many as this takes a quarter of a second.
 _MAX_HEADERS = 10_000
 
@@ -111,7 +113,7 @@ def tar_in(folder: Folder, name: str) -> TarFolder:
         again = folder.open(name)
         if (again.identity, again.size) != (identity, size):
             again.close()
-            raise NotVmdk(file, what="it was replaced while it was being opened")
+            raise NotVmdk(file, what="it was replaced while it was being opened", hint="do it again")
         return again
 
     return TarFolder(reopen, file, members)
@@ -136,24 +138,30 @@ def list_members(storage: Storage, file: str) -> tuple[Member, ...]:
         if "size" in extra and header.type in _FILES:
             size = _number(file, extra["size"])
         if size < 0:
-            raise FormatError(file, why=f"an archive's member of {size} bytes")
+            raise FormatError(file, why=f"an archive's member of {size} bytes", hint=_AGAIN)
         if at + size > storage.size:
-            raise Truncated(file, what=f"its member {header.name!a}", need=at + size, have=storage.size)
+            raise Truncated(
+                file, what=f"its member {header.name!a}", need=at + size, have=storage.size, hint=_CUT
+            )
         if header.type in _PAX or header.type == tarfile.GNUTYPE_LONGNAME:
             budget -= size
             if budget < 0:
-                raise FormatError(file, why="an archive with far too long extension headers")
+                raise FormatError(file, why="an archive with far too long extension headers", hint=_AGAIN)
             body = storage.read(at, size)
             extra |= _pax(file, body) if header.type in _PAX else {"path": body.partition(b"\0")[0]}
         elif header.type not in _PASSED_OVER:
             if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extra):
-                raise Unsupported(file, what=f"the archive's member {header.name!a} is stored as sparse")
+                raise Unsupported(
+                    file,
+                    what=f"the archive's member {header.name!a} is stored as sparse",
+                    hint="unpack the archive with tar, and name what was in it",
+                )
             name = _normal(os.fsdecode(extra.get("path", b"")) or header.name)
             if header.type in _FILES and name:
                 members.append(Member(name, at, size))
             extra = {}
         at += align_up(size, SECTOR)
-    raise FormatError(file, why=f"an archive with more than {_MAX_HEADERS} headers")
+    raise FormatError(file, why=f"an archive with more than {_MAX_HEADERS} headers", hint=_AGAIN)
 
 
 def _header(storage: Storage, file: str, at: int) -> tarfile.TarInfo | None:
@@ -161,14 +169,14 @@ def _header(storage: Storage, file: str, at: int) -> tarfile.TarInfo | None:
     if at >= storage.size:
         return None
     if at + SECTOR > storage.size:
-        raise Truncated(file, what="an archive's header", need=at + SECTOR, have=storage.size)
+        raise Truncated(file, what="an archive's header", need=at + SECTOR, have=storage.size, hint=_CUT)
     block = storage.read(at, SECTOR)
     if not any(block):
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise FormatError(file, why=f"no archive header at byte {at}: {error}") from error
+        raise FormatError(file, why=f"no archive header at byte {at}: {error}", hint=_AGAIN) from error
 
 
 def _pax(file: str, body: bytes) -> dict[str, bytes]:
@@ -180,7 +188,7 @@ def _pax(file: str, body: bytes) -> dict[str, bytes]:
         end = at + _number(file, digits)
         key, equals, value = body[at + len(digits) + 1 : end].partition(b"=")
         if end > len(body) or not equals or not value.endswith(b"\n"):
-            raise FormatError(file, why="an archive's extension header that can't be understood")
+            raise FormatError(file, why="an archive's extension header that can't be understood", hint=_AGAIN)
         if key in (b"path", b"size") or key.startswith(b"GNU.sparse"):  # others could be a million
             records[key.decode("utf-8", "replace")] = value[:-1]
         at = end
@@ -189,7 +197,7 @@ def _pax(file: str, body: bytes) -> dict[str, bytes]:
 
 def _number(file: str, digits: bytes) -> int:
     if not digits.isdigit() or len(digits) > 19:
-        raise FormatError(file, why=f"{digits[:40]!a} in an archive, where a number is expected")
+        raise FormatError(file, why=f"{digits[:40]!a} in an archive, where a number is expected", hint=_AGAIN)
     return int(digits)
 
 

@@ -21,6 +21,7 @@ from nbd_vmdk.errors import FormatError, Truncated
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import KIB, MIB
 
+_AGAIN = "the file is damaged, or was cut off: get it again"
 #: Bytes that are inflated and kept at a time.
 _BLOCK = 256 * KIB
 #: Blocks kept: 8 MiB.
@@ -134,7 +135,7 @@ class Gunzipped(Storage):
                 pass
             block = self._advance(decoder, _BLOCK)
             if not block:
-                raise FormatError(self.name, why="its gzip data have become shorter")
+                raise FormatError(self.name, why="its gzip data have become shorter", hint=_AGAIN)
             self._keep(number, block)
             return block
 
@@ -152,7 +153,7 @@ class Gunzipped(Storage):
         try:
             plain = decoder.read(length)
         except CorruptGrain as error:
-            raise FormatError(self.name, why=f"its gzip data are damaged: {error}") from None
+            raise FormatError(self.name, why=f"its gzip data are damaged: {error}", hint=_AGAIN) from None
         self._points.pass_by(decoder)
         return plain
 

@@ -157,7 +157,11 @@ def _found(base: Folder, named: Sequence[tuple[PackageDisk, str]]) -> list[Found
         path, fault = base.label(name), None
         try:
             if _SCHEME.match(disk.href):
-                raise Unsupported(disk.href, what="the appliance only names this disk, and does not have it")
+                raise Unsupported(
+                    disk.href,
+                    what="the appliance only names this disk, and does not have it",
+                    hint="get the disk from there, and name it by itself",
+                )
             if above not in folders:
                 folders[above] = PackageFolder(base.folder_of(name), limits[above])
             _open_stored(base, name).close()

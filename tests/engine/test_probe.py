@@ -37,7 +37,7 @@ PARENT = Content.random(3 * MIB + 7 * SECTOR, seed=3, density=1.0)
 @pytest.mark.parametrize(
     ("data", "what", "hint"),
     [
-        (b"", "empty file", None),
+        (b"", "empty file", "make it again"),
         (b"\x1f\x8b\x08\x00" + bytes(600), "gzip", "gunzip -k"),
         (b"PK\x03\x04" + bytes(600), "zip", "unpack"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(600), "7-zip", "unpack"),
@@ -53,7 +53,7 @@ PARENT = Content.random(3 * MIB + 7 * SECTOR, seed=3, density=1.0)
         (b"<html><body>RW 100 FLAT &quot;x&quot;</body></html>", "web page", "again"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><Envelope/>", "XML", ".vmdk beside"),
         (b"\xca\xfe\xba\xbe\x00\x00\x00\x34" + bytes(600), "not a VMDK", None),  # a Java class
-        (bytes(4096), "zeros", None),
+        (bytes(4096), "zeros", "get it again"),
         (b"kdmv" + bytes(600), "never finished", "again"),
         (b"\xa2\x72\x19\xf6" + bytes(600), "change-tracking", "disk.vmdk"),
         (b"Just a text.\n", "not a VMDK", None),

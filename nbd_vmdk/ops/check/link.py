@@ -242,7 +242,8 @@ class LinkCheck:
             self._sparse(subject, kind, (text, line))
         except VmdkError as error:
             # A table that is out of reach although it looked in order: the file is changing.
-            subject.error(error.slug, str(error), "the check of this file stopped here", error.hint or "")
+            again = "check it again when nobody writes it"
+            subject.error(error.slug, str(error), "the check of this file stopped here", again)
 
     def _claim(self, subject: Subject, part: tuple[int, int], *, is_raw: bool) -> bool:
         """Note which bytes of a file an extent takes; two extents must not share any.  Whether none does."""

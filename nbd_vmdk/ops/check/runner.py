@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates
-from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
+from nbd_vmdk.errors import FileMissing, FormatError, TrustError, VmdkError
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.ops.check.context import Context, Progress
@@ -120,7 +120,8 @@ def _open_all(context: Context, folder: Folder, name: str, options: OpenOptions)
                 file=error.file or folder.label(name),
                 what=error.message,
                 effect="the image can't be opened",
-                repair=error.hint or "none is known",
+                # A hint that sends its reader to a check would lead back here.
+                repair="none is known" if isinstance(error, FormatError) else error.hint or "none is known",
             )
         )
 

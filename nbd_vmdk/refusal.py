@@ -1,0 +1,70 @@
+"""What is said of a file that can't be opened: what it is, which one is meant, and what can be done."""
+
+import re
+from typing import Final
+
+from nbd_vmdk.errors import FormatError, NotVmdk, VmdkError, printable
+from nbd_vmdk.extents.stream import has_footer
+from nbd_vmdk.look import EXTENT_SUFFIX, find_owner
+from nbd_vmdk.ondisk import hosted
+from nbd_vmdk.ondisk.probe import FileKind, describe_other
+from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.units import SECTOR
+
+_SIZE_HINT: Final = "serve it with the descriptor that belongs to it"
+_FROM_RAW: Final = "of a raw disk a VMDK is made by: nbd-vmdk convert --from raw FILE new.vmdk"
+#: What ends the first sector of a disk that a PC boots from, or that has partitions.
+_BOOT_AT: Final = 510
+_BOOT: Final = b"\x55\xaa"
+#: Where a hint leaves room for the disk's name.
+_IMAGE: Final = re.compile(r"(?:(?<=nbd-vmdk check )|(?<=nbd-vmdk repair ))IMAGE(?=[ ;,]|$)")
+
+
+def refusal(folder: Folder, name: str, storage: Storage, kind: FileKind, head: bytes) -> VmdkError:
+    """Why a file that is no VMDK is refused, and which one to open instead."""
+    hint: str | None = None
+    if kind is FileKind.UNFINISHED:
+        try:
+            hosted.parse_header(head, storage.name)
+        except FormatError as error:
+            return error
+    if kind is FileKind.CHANGE_TRACKING:
+        what = "a change-tracking file, which holds no disk data"
+        hint = f"name the disk it belongs to: {re.sub(r'-ctk(?=[.]vmdk$)', '', name)}"
+    elif kind is FileKind.EMPTY:
+        what, hint = "an empty file", "the copy or the export that made it was not finished: make it again"
+    elif owner := find_owner(folder, name):
+        return not_the_disk(folder, storage, owner)
+    else:
+        what, hint = describe_other(head)
+        if EXTENT_SUFFIX.search(name):
+            what = f"raw data without a descriptor ({what})"
+            hint = f"it needs {EXTENT_SUFFIX.sub('', name)} beside it: {_SIZE_HINT}"
+        elif hint is None and has_footer(storage):
+            what = "a compressed disk whose header is damaged, but repeated at its end"
+            hint = "nbd-vmdk repair IMAGE shows how it is made anew"
+        elif hint is None and not any(head):
+            hint = f"a copy that was not finished looks so: get it again; {_FROM_RAW}"
+        elif hint is None and storage.size % SECTOR == 0 and head[_BOOT_AT : _BOOT_AT + 2] == _BOOT:
+            what, hint = "a raw disk, by its boot sector", _FROM_RAW
+    return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", storage.name))
+
+
+def not_the_disk(folder: Folder, storage: Storage, owner: str) -> NotVmdk:
+    """That a file is an extent of the disk ``owner`` beside it."""
+    return NotVmdk(
+        storage.name,
+        what=f"an extent of {owner}, not a disk by itself",
+        hint=f"open {folder.label(owner)} instead",
+    )
+
+
+def advise(error: VmdkError, folder: Folder, name: str) -> None:
+    """Put the name of the disk that was to be opened into the hint; the error may be of an extent."""
+    if error.hint is None:
+        return
+    if folder.read_only is None:
+        error.hint = printable(_IMAGE.sub(lambda _: folder.label(name), error.hint))
+    elif isinstance(error, FormatError) and error.hint == type(error).hint_template:
+        error.hint = "the file is damaged, or was cut off: get it again"  # nothing in an archive is mended
