@@ -408,3 +408,14 @@ def test_a_lost_table_and_a_wiped_twin(tmp_path: Path) -> None:
     assert after.count_errors
     for was, found in zip(before, grains(image.path), strict=True):
         assert was == found or was is not None
+
+
+def test_a_directory_with_one_table_left_makes_no_layout(tmp_path: Path) -> None:
+    """Of a directory all but one entry are lost, and that one leads into a grain: it is where none was."""
+    image = sparse(str(tmp_path))
+    extent = image.hosted()
+    for table in (1, 2):
+        poke(image.path, extent.gde_at(table, redundant=True), b"\xff\xff\xff\xfe")
+    damage(image.path, extent, ("gde", "rgd", 0, "half", 30))
+    apply_repair(image.path)
+    assert b"".join(found or b"" for found in grains(image.path)) == image.visible.read()

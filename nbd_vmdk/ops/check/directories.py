@@ -216,11 +216,12 @@ class Directories:
                 self.astray.update(numbers.tolist())
 
     def _regular(self, side: Side) -> Numbers:
-        """Which tables lie where the layout has them: a mask."""
+        """Which tables lie where the layout has them: a mask; one alone counts in the usual place only."""
         if side.base is None:
             return np.zeros(self.count, bool)
         regular: Numbers = side.entries == side.base + np.arange(self.count) * self._step
-        return regular
+        usual = side.base == side.sector + self._area
+        return regular & (usual or np.count_nonzero(regular & side.good) > 1)
 
     def _over_grains(self, sides: list[Side], sectors: Numbers) -> Numbers:
         """Which of the places that tables should have lie on grains on which both copies agree: a mask."""
