@@ -372,6 +372,26 @@ def test_hole_and_zeros_over_a_parent(tmp_path: Path) -> None:
     assert not after.count_errors
 
 
+def test_a_wiped_entry_that_hid_the_parent(tmp_path: Path) -> None:
+    """The table says "hole" and its twin "zeros": an error, and neither is made what the other says."""
+    image = child_with_zeros(str(tmp_path))
+    (grain, *_) = [grain for grain, value in enumerate(zeros_of(image)) if value]
+    wanted = image.visible.read()
+    set_gte(image, grain, 0, "gt")
+    plan, after = apply_repair(image.path)
+    assert not plan.chosen
+    assert [(finding.slug, finding.guest) for finding in after.findings] == [("tables-differ", grain * SIZE)]
+    assert after.count_errors == 1
+    _plan, after = apply_repair(image.path, also=["tables-differ"])
+    assert not after.findings
+    assert b"".join(found or b"" for found in grains(image.path)) == wanted
+
+
+def zeros_of(image: Image) -> list[bool]:
+    """Which of the first grains are declared to be zeros."""
+    return [value == 1 for value in image.hosted().read_gtes(range(900))]
+
+
 # What is no table
 
 

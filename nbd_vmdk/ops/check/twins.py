@@ -97,6 +97,8 @@ class Twins:
             outcome.mended.update((np.flatnonzero((pair.should != pair.table) & ~pair.left) + first).tolist())
             repair = _repair(pair, tables, self._twins)
             _report_pair(pair, repair)
+            for at in np.flatnonzero(pair.left & (pair.table == 0)).tolist():
+                _report_wiped(pair, at, tables)
             for at in np.flatnonzero(~pair.good[: pair.inside]).tolist():
                 reason = _reason(rules, int(pair.table[at]), first + at)
                 if rules.packed and pair.left[at]:
@@ -171,7 +173,8 @@ def _report_pair(pair: Pair, repair: Repair | None) -> None:
             "readers may disagree on these grains, as after a crash while they were written",
         ),
     ):
-        for chosen, mend in ((mask & ~pair.left, repair or NOT_INVENTED), (mask & pair.left, _UNCERTAIN)):
+        left = pair.left & (pair.table != 0)  # the others are told one by one
+        for chosen, mend in ((mask & ~pair.left, repair or NOT_INVENTED), (mask & left, _UNCERTAIN)):
             places = np.flatnonzero(chosen[:inside])
             if len(places):
                 subject.warning(
@@ -183,6 +186,32 @@ def _report_pair(pair: Pair, repair: Repair | None) -> None:
                     entry=int(places[0]),
                     guest=pair.rules.guest(first + int(places[0])),
                 )
+
+
+def _report_wiped(pair: Pair, at: int, tables: TableSet) -> None:
+    """One entry of the table that says that there is no grain, and may have been wiped."""
+    rules, subject = pair.rules, pair.rules.subject
+    assert pair.twin is not None
+    twin = int(pair.twin[at])
+    mend: Repair | str = "the grain is cut off: get the file again"
+    says, effect = f"names sector {twin}, of which the end of the file left a part", "data may be lost"
+    if twin < rules.codes:
+        says, effect = "says that it is zeros", f"what reads as {subject.hole} may have been zeros"
+        place = int(tables.places[pair.number]) + at * tables.width
+        mend = Repair(
+            "believe the twin",
+            (subject.write(place, twin.to_bytes(tables.width, "little"), Stage.TABLES),),
+            f"what reads as {subject.hole} now will read as zeros",
+        )
+    subject.error(
+        "tables-differ",
+        f"the entry says that there is no grain, and its twin {says}",
+        effect,
+        mend,
+        table=pair.number,
+        entry=at,
+        guest=rules.guest(pair.number * len(pair.table) + at),
+    )
 
 
 def _report_entry(
