@@ -12,6 +12,15 @@ Grains that share a place (shared.py) are refused, too, for a write to one would
 about where a power cut leaves an entry that points behind the end of the file, and the next grain is put
 there; QEMU does that, and marks nothing.
 
+Who opens an image whose tables would take long to look at, and that was closed cleanly, asks only whether one
+of them reaches past the end of the file (reaches_past_end).  That can do new harm: then a grain that is
+made now lies where an entry pointed to already, and a read error becomes another grain's data.  What is not
+seen there are grains that share a place inside the file, and entries that name a table among the grains.
+Looking at each table before it is changed for the first time would not see them: the other grain that has the
+place is mostly in another table, and nothing but all tables tells; and a write to a grain that is there does
+not look at its table at all but for the place, once a request, so each request would pay for the question
+whether it was looked at.  What such a write spoils is a grain that showed another's data before.
+
 Without numpy, which takes longer to import than most images take to be looked at: reading runs of tables and
 comparing whole tables is the work, and Python's max() and min() do the rest.
 """
@@ -94,6 +103,26 @@ def quick_check(storage: Storage, header: HostedHeader) -> None:
         codes=2,
     )
     _look(storage, layout)
+
+
+def reaches_past_end(storage: Storage, header: HostedHeader) -> bool:
+    """Whether a table or an entry of one is, or may be, behind the end of the file; quick_check tells which.
+
+    Takes 0.1 s for an image of 2000 GiB that is empty and 0.26 s if it is full, for which quick_check takes
+    1.7 s.
+    Raises what check_directory raises.
+    """
+    check_directory(header, storage.size, storage.name)
+    length = header.entries_per_table * 4
+    directory = _words(storage.read(header.directory_at, header.directory_entries * 4))
+    if max(directory, default=0) * SECTOR + length > storage.size:
+        return True
+    last = storage.size // SECTOR - header.grain_sectors
+    empty = bytes(max(_READ, length))
+    for _number, raw in _rows(storage, directory, length):
+        if raw != empty[: len(raw)] and max(_words(raw.tobytes())) > last:
+            return True
+    return False
 
 
 def quick_check_cowd(storage: Storage, header: CowdHeader) -> None:
@@ -256,6 +285,15 @@ def _refuse_over_tables(
 def _tables(storage: Storage, directory: "array[int]", length: int) -> "Iterator[tuple[int, array[int]]]":
     """The tables that are not all zeros, by number; those that follow each other are read together."""
     empty = bytes(length)
+    for first, raw in _rows(storage, directory, length):
+        for at in range(0, len(raw), length):
+            piece = raw[at : at + length]
+            if piece != empty:
+                yield first + at // length, _words(piece.tobytes())
+
+
+def _rows(storage: Storage, directory: "array[int]", length: int) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of all tables, of as many as follow each other at a time, and the number of the first."""
     most = max(_READ // length, 1)
     first = 0
     while first < len(directory):
@@ -269,9 +307,5 @@ def _tables(storage: Storage, directory: "array[int]", length: int) -> "Iterator
             and directory[first + count] * SECTOR == directory[first] * SECTOR + count * length
         ):
             count += 1
-        raw = memoryview(storage.read(directory[first] * SECTOR, count * length))
-        for at in range(count):
-            piece = raw[at * length : (at + 1) * length]
-            if piece != empty:
-                yield first + at, _words(piece.tobytes())
+        yield first, memoryview(storage.read(directory[first] * SECTOR, count * length))
         first += count

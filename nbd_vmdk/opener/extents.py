@@ -17,7 +17,7 @@ from nbd_vmdk.extents.hosted import HostedExtent, check_grain_area
 from nbd_vmdk.extents.newstream import NewStreamExtent, is_new
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
-from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
+from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd, reaches_past_end
 from nbd_vmdk.look import head_of, spellings
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import ExtentLine, is_absolute, last_component
@@ -29,7 +29,8 @@ from nbd_vmdk.units import SECTOR, align_up
 _SPARSE_KINDS = (FileKind.HOSTED, FileKind.COWD, FileKind.SESPARSE)
 _RAW_TYPES = ("FLAT", "VMFS", "VMFSRAW")
 #: An extent with at most so many grains in its file (64 GiB, as everybody makes hosted ones; half a one in
-#: COWD) is vetted whenever it is opened for writing, in 50 ms; a larger one if it was not closed cleanly.
+#: COWD) is vetted whenever it is opened for writing, in 50 ms; a larger one if it was not closed cleanly, or
+#: a hosted one if something in it names a place behind the end of the file.
 #: Grains that there are tables for count for less, because tables of nothing are looked at faster.
 _VETTED_GRAINS = 1 << 20
 _GRAINS_OF_NOTHING = 16
@@ -163,7 +164,7 @@ def _open_hosted(
     if opening.is_written(name, line) and header.version < 3:
         storage = opening.open_for_writing(name)
         grains = storage.size // header.grain + header.capacity // header.grain // _GRAINS_OF_NOTHING
-        if header.unclean or grains <= _VETTED_GRAINS:
+        if header.unclean or grains <= _VETTED_GRAINS or reaches_past_end(storage, header):
             quick_check(storage, header)
     extent = HostedExtent(storage, header, opening.cache, size=size)
     if header.unclean:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd
+from nbd_vmdk.disk import open_disk
+from nbd_vmdk.errors import BadField, VmdkError
+from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd, reaches_past_end
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.hosted import parse_header
 from tests.breaking import BREAKS, CONTENT, Break, delta, sparse
@@ -176,3 +177,53 @@ def test_sound_cowd_passes(tmp_path: Path, options: dict[str, int]) -> None:
 def test_an_empty_cowd_passes(tmp_path: Path) -> None:
     """The file ends with its directory: there is no room for a table, and none is named."""
     vet_cowd(desc.vmfs_sparse(str(tmp_path), "disk", Content(1 << 20)).cowd().path)
+
+
+# Large images that were closed cleanly
+
+
+def opens(path: str) -> bool:
+    try:
+        open_disk(path, writable=True, locks=False).close()
+    except BadField:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("name", "dangerous"),
+    [
+        ("gte-past-end", True),
+        ("gt-garbage", True),
+        ("cut-visible", True),
+        ("gde-past-end", True),
+        ("gte-past-end-child", True),
+        ("cut-hidden", False),
+        ("beyond", False),
+        ("shared", False),
+        ("gte-zero", False),
+    ],
+)
+def test_large_images_are_looked_at_for_what_does_new_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dangerous: bool
+) -> None:
+    """What lies behind the end of the file is refused, what was wrong before is left to a check."""
+    monkeypatch.setattr("nbd_vmdk.opener.extents._VETTED_GRAINS", -1)
+    broken = next(each for each in BREAKS if each.name == name)
+    image = broken.build(str(tmp_path))
+    assert opens(image.path)
+    broken.damage(image)
+    assert opens(image.path) is not dangerous
+
+
+@pytest.mark.parametrize("grain", [0, 700, 1279])
+@pytest.mark.parametrize("options", [{}, {"tables_last": True}, {"gtes": 64}, {"preallocate_tables": False}])
+def test_every_table_is_asked_for_its_end(tmp_path: Path, grain: int, options: dict[str, int]) -> None:
+    content = Content(CONTENT.size).put(grain * 4096, b"x" * 4096).put(0, b"y")
+    image = desc.monolithic_sparse(str(tmp_path), "disk", content, grain_sectors=8, **options)
+    extent = image.hosted()
+    storage = MemoryStorage(peek(image.path, 0, os.path.getsize(image.path)), image.path)
+    header = parse_header(storage.read(0, SECTOR), image.path)
+    assert not reaches_past_end(storage, header)
+    storage.write((storage.size // SECTOR - 7).to_bytes(4, "little"), extent.gte_at(grain))
+    assert reaches_past_end(storage, header)
