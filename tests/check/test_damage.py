@@ -27,7 +27,7 @@ from nbd_vmdk.ops.check.findings import Finding, Repair
 from nbd_vmdk.ops.check.runner import Report
 from nbd_vmdk.ops.check.verdicts import CASES, State, Verdict
 from nbd_vmdk.ops.repair import apply_repair, undo_repair
-from tests.breaking import CONTENT, GRAIN, child_of_sparse, set_gte, sparse
+from tests.breaking import CONTENT, GRAIN, child_of_sparse, delta, set_gte, sparse
 from tests.images import cut, desc, peek, poke
 from tests.images.content import KIB, SECTOR, Content
 from tests.images.desc import Image
@@ -439,3 +439,41 @@ def test_a_directory_with_one_table_left_makes_no_layout(tmp_path: Path) -> None
     damage(image.path, extent, ("gde", "rgd", 0, "half", 30))
     apply_repair(image.path)
     assert b"".join(found or b"" for found in grains(image.path)) == image.visible.read()
+
+
+# Other kinds
+
+
+def read_or_none(path: str, unit: int) -> list[bytes | None]:
+    """What each unit reads as, None where that raises."""
+    found: list[bytes | None] = []
+    try:
+        with open_disk(path, locks=False) as disk:
+            for at in range(0, disk.size, unit):
+                try:
+                    found.append(disk.pread(min(unit, disk.size - at), at))
+                except VmdkError:
+                    found.append(None)
+    except VmdkError:
+        return [None]
+    return found
+
+
+@pytest.mark.parametrize("where", ["grain", "middle"])
+def test_cowd_table_that_is_a_grain(tmp_path: Path, where: str) -> None:
+    """A directory entry leads into grains: they stay as they are, and what the table mapped is lost."""
+    image = delta()(str(tmp_path))
+    extent = image.cowd()
+    wanted = image.visible.read()
+    named = [table for table, entry in enumerate(extent.gd) if entry]
+    sectors = sorted(extent.grains.values())
+    place = sectors[3] if where == "grain" else sectors[len(sectors) // 2]
+    poke(extent.path, extent.gde_at(named[-1]), place.to_bytes(4, "little"))
+    before = Path(extent.path).read_bytes()
+    _plan, after = apply_repair(image.path)
+    assert [finding.slug for finding in after.findings] == ["directory-entry"]
+    assert "what lies there is no table" in after.findings[0].what
+    assert Path(extent.path).read_bytes() == before
+    found = read_or_none(image.path, SECTOR)
+    first = named[-1] * 4096
+    assert found[:first] == [wanted[at * SECTOR : (at + 1) * SECTOR] for at in range(first)]

@@ -18,6 +18,7 @@ from nbd_vmdk.ops.check.context import NOT_INVENTED, Space, Subject
 from nbd_vmdk.ops.check.entries import Rules, Survey, report_shared, survey
 from nbd_vmdk.ops.check.findings import Repair, Stage
 from nbd_vmdk.ops.check.hosted import report_unused
+from nbd_vmdk.ops.check.impostors import mostly_odd
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, merged, overlapping, read_words
 from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.units import SECTOR, format_size
@@ -46,8 +47,34 @@ def check_cowd(subject: Subject) -> CowdHeader | None:
     _report_geometry(subject, header, head)
     entries = read_words(storage, header.directory_sector * SECTOR, header.directory_entries, 4)
     good = _good_tables(subject, header, entries)
+    tables, rules, found = _look(subject, header, entries, good)
+    if len(impostors := mostly_odd(tables, sorted(found.problems), storage.size)):
+        good[impostors] = False
+        _report_tables(subject, header, entries, impostors, "what lies there is no table")
+        tables, rules, found = _look(subject, header, entries, good)
     sound = good | (entries == 0)
-    tables = TableSet(storage, np.where(good, entries, 0) * SECTOR, ENTRIES_PER_TABLE, 4)
+    space = Space(subject, SECTOR, pointer=FREE_SECTOR_AT)
+    past_end = found.last + rules.unit > rules.sectors
+    if past_end:
+        space.blocked = "first the entries that name grains behind the end of the file must be mended"
+    outcome = Twins(rules, tables, None, found).report()
+    report_shared(rules, tables, None, found, space, outcome.mended)
+    # Hosts let the file grow in large steps: what lies behind the free pointer is no waste.
+    found.gaps = [(begin, min(end, header.free_sector)) for begin, end in found.gaps]
+    found.gaps = [(begin, end) for begin, end in found.gaps if begin < end]
+    if sound.all():
+        report_unused(rules, found)
+    _report_free(subject, header, found, int(rules.ends[-1]), rules.unit, past_end=past_end)
+    _report_state(subject, header, head)
+    subject.check_whole_sectors(tail_is_data=past_end)
+    return header
+
+
+def _look(
+    subject: Subject, header: CowdHeader, entries: Numbers, good: Numbers
+) -> tuple[TableSet, Rules, Survey]:
+    """Look at the tables that ``good`` entries of the directory name."""
+    tables = TableSet(subject.storage, np.where(good, entries, 0) * SECTOR, ENTRIES_PER_TABLE, 4)
     front = -(-header.overhead // SECTOR)
     begins, ends = merged([(0, front), *((int(at), int(at) + _TABLE) for at in entries[good])])
     rules = Rules(
@@ -61,22 +88,7 @@ def check_cowd(subject: Subject) -> CowdHeader | None:
         begins=begins,
         ends=ends,
     )
-    found = survey(rules, tables, None)
-    space = Space(subject, SECTOR, pointer=FREE_SECTOR_AT)
-    past_end = found.last + rules.unit > rules.sectors
-    if past_end:
-        space.blocked = "first the entries that name grains behind the end of the file must be mended"
-    outcome = Twins(rules, tables, None, found).report()
-    report_shared(rules, tables, None, found, space, outcome.mended)
-    # Hosts let the file grow in large steps: what lies behind the free pointer is no waste.
-    found.gaps = [(begin, min(end, header.free_sector)) for begin, end in found.gaps]
-    found.gaps = [(begin, end) for begin, end in found.gaps if begin < end]
-    if sound.all():
-        report_unused(rules, found)
-    _report_free(subject, header, found, int(ends[-1]), rules.unit, past_end=past_end)
-    _report_state(subject, header, head)
-    subject.check_whole_sectors(tail_is_data=past_end)
-    return header
+    return tables, rules, survey(rules, tables, None)
 
 
 def _report_geometry(subject: Subject, header: CowdHeader, head: bytes) -> None:
@@ -106,22 +118,30 @@ def _good_tables(subject: Subject, header: CowdHeader, entries: Numbers) -> Numb
     good = (entries >= front) & ((entries + _TABLE) * SECTOR <= subject.storage.size)
     named = np.flatnonzero(good)
     clash = set(named[overlapping(entries[named], _TABLE)].tolist()) if len(named) else set()
+    outside = np.flatnonzero(~good & (entries != 0))
+    _report_tables(subject, header, entries, outside, "no table can be there")
+    twice = np.array(sorted(clash), dtype=np.int64)
+    good[twice] = False
+    _report_tables(subject, header, entries, twice, "another table lies there, too")
+    return good
+
+
+def _report_tables(
+    subject: Subject, header: CowdHeader, entries: Numbers, numbers: Numbers, why: str
+) -> None:
+    """Report entries of the directory that name no table of their own."""
     span = ENTRIES_PER_TABLE * header.grain_sectors * SECTOR
-    for number in np.flatnonzero(~good & (entries != 0)).tolist() + sorted(clash):
-        overlaps = number in clash
-        good[number] = False
+    for number in numbers.tolist():
         lost = format_size(min(span, header.capacity_sectors * SECTOR - number * span))
-        state = "another table lies, too" if overlaps else "no table can be"
         subject.error(
             "directory-entry",
-            f"entry {number} of the directory names sector {int(entries[number])}, where {state}",
+            f"entry {number} of the directory names sector {int(entries[number])}: {why}",
             f"{lost} of the disk can't be read",
             NOT_INVENTED,
             table=number,
             guest=subject.start + number * span,
             at=header.directory_sector * SECTOR + number * 4,
         )
-    return good
 
 
 def _report_free(

@@ -24,6 +24,16 @@ def odd(rows: Numbers, size: int) -> Numbers:
     return behind | twice
 
 
+def mostly_odd(tables: TableSet, numbers: list[int], size: int) -> Numbers:
+    """Those of some tables most of whose entries are odd."""
+    found = []
+    for number in numbers:
+        rows = tables.rows(number, 1)
+        if 2 * np.count_nonzero(odd(rows, size)) > np.count_nonzero(rows):
+            found.append(number)
+    return np.array(found, dtype=np.int64)
+
+
 def part_of_tables(tables: TableSet, tried: int, size: int) -> float:
     """Which part of what was ``tried`` leads to tables; ``tables`` are those that are inside the file.
 
