@@ -27,9 +27,9 @@ from nbd_vmdk.ops.check.findings import Finding, Repair
 from nbd_vmdk.ops.check.runner import Report
 from nbd_vmdk.ops.check.verdicts import CASES, State, Verdict
 from nbd_vmdk.ops.repair import apply_repair, undo_repair
-from tests.breaking import CONTENT, GRAIN, child_of_sparse, delta, set_gte, sparse
+from tests.breaking import CONTENT, GRAIN, child_of_sparse, delta, set_gte, sparse, streamed
 from tests.images import cut, desc, peek, poke
-from tests.images.content import KIB, SECTOR, Content
+from tests.images.content import KIB, MIB, SECTOR, Content
 from tests.images.desc import Image
 from tests.images.hosted import HostedExtent
 
@@ -477,3 +477,29 @@ def test_cowd_table_that_is_a_grain(tmp_path: Path, where: str) -> None:
     found = read_or_none(image.path, SECTOR)
     first = named[-1] * 4096
     assert found[:first] == [wanted[at * SECTOR : (at + 1) * SECTOR] for at in range(first)]
+
+
+@pytest.mark.parametrize("length", [4, 8, 1500], ids=["one-entry", "two-entries", "all"])
+def test_stream_that_ends_in_zeros(tmp_path: Path, length: int) -> None:
+    """The footer is gone, and of the directory a part or all: no table is taken to be missing for that."""
+    image = streamed()(str(tmp_path))
+    extent = image.stream()
+    end = extent.gd_sector * SECTOR + 4 * len(extent.gd)
+    poke(image.path, end - min(length, 4 * len(extent.gd)), bytes(os.path.getsize(image.path) - end + length))
+    cut(image.path, extent.end)
+    _plan, after = apply_repair(image.path)
+    assert not after.count_errors
+    assert b"".join(found or b"" for found in read_or_none(image.path, MIB)) == image.visible.read()
+
+
+def test_stream_whose_header_passes_over_records(tmp_path: Path) -> None:
+    """overHead names a record in the middle: tables made anew have all grains, or none are made."""
+    image = streamed()(str(tmp_path))
+    extent = image.stream()
+    third = sorted(record.sector for record in extent.records.values())[2]
+    poke(image.path, 64, third.to_bytes(8, "little"))
+    poke(image.path, extent.gd_sector * SECTOR, b"\xa5" * (4 * len(extent.gd)))
+    apply_repair(image.path)
+    wanted = image.visible.read()
+    for at, found in enumerate(read_or_none(image.path, MIB)):
+        assert found in (None, wanted[at * MIB : (at + 1) * MIB])

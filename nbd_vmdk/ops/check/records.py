@@ -55,8 +55,8 @@ def _names_tables(storage: Storage, header: HostedHeader, sector: int) -> bool:
     """Whether each entry of what may be a directory names a table with a marker before it."""
     entries = read_words(storage, sector * SECTOR, header.directory_entries, 4)
     used = entries[entries != 0]
-    if len(used) and (int(used.min()) < 2 or int(used.max()) >= sector):
-        return False
+    if not len(used) or int(used.min()) < 2 or int(used.max()) >= sector:
+        return False  # zeros are what damage leaves as well
     for table in used.tolist():
         _value, count, kind = _MARKER.unpack(storage.read((table - 1) * SECTOR, _MARKER.size))
         if count or kind != MarkerType.GRAIN_TABLE:
@@ -119,6 +119,14 @@ class Records:
         number, slot = divmod(grain, self.walked.per_table)
         table = self.walked.tables.get(number)
         return self.walked.unbroken and (table is None or not table[slot])
+
+    def agree(self, directory: Numbers) -> bool:
+        """Whether every record is of a table that the directory names."""
+        return all(
+            number < len(directory) and bool(directory[number])
+            for number, sectors in self.walked.tables.items()
+            if sectors.any()
+        )
 
     def rebuild(self) -> Repair | None:
         """Append tables, directory and footer made from the records; None if anything may be lost."""

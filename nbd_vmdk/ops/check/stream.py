@@ -18,7 +18,7 @@ from nbd_vmdk.ops.check.directories import Directories
 from nbd_vmdk.ops.check.entries import Rules, report_shared, survey
 from nbd_vmdk.ops.check.findings import Change, Repair, Resize, Stage
 from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker, names_grains
-from nbd_vmdk.ops.check.scan import merged
+from nbd_vmdk.ops.check.scan import Numbers, merged, read_words
 from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.units import MIB, SECTOR, align_up
@@ -58,6 +58,9 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
     known = footer.header or header
     records = Records(subject, replace(known, directory_sector=header.directory_sector))
     if footer.wrong is not None:
+        if footer.header is not None and not records.agree(_directory(subject, footer.header)):
+            # What spoiled the footer has spoiled the directory, too: its holes are none.
+            footer.header = footer.tail = None
         slug = "footer-damaged" if footer.at else "footer-lost"
         repair = footer.tail or footer.why or records.rebuild() or f"grains are lost: {_SALVAGE}"
         subject.error(slug, footer.wrong, _NO_TABLES, repair, at=footer.at or None)
@@ -66,6 +69,10 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
         return
     _check_tables(subject, footer, records)
     _check_end(subject, footer)
+
+
+def _directory(subject: Subject, header: HostedHeader) -> Numbers:
+    return read_words(subject.storage, header.directory_sector * SECTOR, header.directory_entries, 4)
 
 
 def _read_footer(subject: Subject, header: HostedHeader) -> Footer:
