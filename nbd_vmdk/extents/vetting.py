@@ -293,7 +293,7 @@ def _tables(storage: Storage, directory: "array[int]", length: int) -> "Iterator
 
 
 def _rows(storage: Storage, directory: "array[int]", length: int) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of all tables, of as many as follow each other at a time, and the number of the first."""
+    """The bytes of all tables that may hold something, row by row, and the number of the first of each."""
     most = max(_READ // length, 1)
     first = 0
     while first < len(directory):
@@ -307,5 +307,8 @@ def _rows(storage: Storage, directory: "array[int]", length: int) -> Iterator[tu
             and directory[first + count] * SECTOR == directory[first] * SECTOR + count * length
         ):
             count += 1
-        yield first, memoryview(storage.read(directory[first] * SECTOR, count * length))
+        at = directory[first] * SECTOR
+        # Tables that lie in a hole of the file are empty: a large new image has no others.
+        if any(is_data for _length, is_data in storage.segments(at, count * length)):
+            yield first, memoryview(storage.read(at, count * length))
         first += count
