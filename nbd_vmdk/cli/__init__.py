@@ -59,6 +59,12 @@ _VERBS: Final = {
 _NOTHING_ASKED: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
+def _closest(word: str) -> str | None:
+    from difflib import get_close_matches  # seldom needed
+
+    return next(iter(get_close_matches(word, _VERBS, 1)), None)
+
+
 def _show_plugin_path(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         from nbd_vmdk.serving.server import plugin_path
@@ -86,15 +92,18 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """See Group; OptionError for a file instead of a verb."""
+        """See Group; OptionError for a file instead of a verb, and for a verb with a slip in it."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            if not os.path.exists(args[0]):
-                raise
-            word = shlex.quote(args[0])
-            hint = f"nbd-vmdk serve {word} puts it on the network, nbd-vmdk info {word} shows what it is"
-            raise OptionError(None, why=f"{args[0]} is a file, and no verb", hint=hint) from None
+            if os.path.exists(args[0]):
+                word = shlex.quote(args[0])
+                hint = f"nbd-vmdk serve {word} puts it on the network, nbd-vmdk info {word} shows what it is"
+                raise OptionError(None, why=f"{args[0]} is a file, and no verb", hint=hint) from None
+            if close := _closest(args[0]):
+                why, hint = f"no such command '{args[0]}'", f"did you mean nbd-vmdk {close}?"
+                raise OptionError(None, why=why, hint=hint) from None
+            raise
 
 
 @click.group(

@@ -249,6 +249,16 @@ def test_an_image_is_no_verb(
     assert "nbd-vmdk serve 'a disk.vmdk' " in hint
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("chek", "check"), ("snapshots", "snapshot"), ("unmount", "umount")]
+)
+def test_a_slip_in_a_verb(capsys: pytest.CaptureFixture[str], word: str, meant: str) -> None:
+    assert main([word, "disk.vmdk"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: no such command '{word}'"
+    assert hint == f"hint: did you mean nbd-vmdk {meant}?"
+
+
 def test_what_means_nothing_for_a_verb_is_not_offered() -> None:
     def options(name: str) -> set[str | None]:
         verb = root.get_command(click.Context(root), name)
