@@ -279,6 +279,8 @@ def test_cases(tmp_path: Path, state: State, twin: State, child: bool) -> None:
         verdict = Verdict.LEAVE if child else Verdict.KEEP
     elif verdict is Verdict.BASE:
         verdict = Verdict.KEEP if child else Verdict.TWIN
+    elif verdict is Verdict.WIPED:  # there is more that nobody names
+        verdict = Verdict.LEAVE
     elif verdict is Verdict.SURE:  # the grain's own place is named by nobody
         verdict = Verdict.LEAVE if state is State.SHARED else Verdict.ASK
     plan, _after = apply_repair(image.path)
@@ -385,6 +387,29 @@ def test_a_wiped_entry_that_hid_the_parent(tmp_path: Path) -> None:
     _plan, after = apply_repair(image.path, also=["tables-differ"])
     assert not after.findings
     assert b"".join(found or b"" for found in grains(image.path)) == wanted
+
+
+def test_wiped_entries(tmp_path: Path) -> None:
+    """In a file with room that nobody names a wiped sector is mended, but one entry alone is asked about."""
+    image = sparse(str(tmp_path), gap_sectors=GRAIN)
+    extent = image.hosted()
+    wanted = image.visible.read()
+    poke(image.path, extent.gd[0] * SECTOR, bytes(SECTOR))
+    apply_repair(image.path)
+    assert b"".join(found or b"" for found in grains(image.path)) == wanted
+    undo_repair(image.path)
+    poke(image.path, extent.gd[0] * SECTOR, peek(image.path, extent.rgd[0] * SECTOR, SECTOR))
+
+    # The twin's entry of a hole names a gap, and the table's of a grain is lost: both look alike.
+    hole = next(index for index in range(900) if index not in extent.grains)
+    set_gte(image, hole, min(extent.grains.values()) + GRAIN, "rgt")
+    known = sorted(extent.grains)[5]
+    set_gte(image, known, 0, "gt")
+    plan, after = apply_repair(image.path)
+    assert not plan.chosen
+    told = {finding.guest: finding for finding in after.findings if finding.severity == "error"}
+    assert sorted(told) == sorted((hole * SIZE, known * SIZE))
+    assert all(asks(finding) for finding in told.values())
 
 
 def zeros_of(image: Image) -> list[bool]:

@@ -57,10 +57,14 @@ class Evidence:
         """
         if self._rules.subject.child and self._rules.zeros_declared:
             return False
+        return self.all_explained(settled, or_zeros=reads_zeros)
+
+    def all_explained(self, settled: Settled, *, or_zeros: bool) -> bool:
+        """Whether all room for grains is named by an entry; ``or_zeros``: or holds zeros."""
         if self._room is None:
             self._room = self._unexplained(settled)
         some, data = self._room
-        return not (data if reads_zeros else some)
+        return not (data if or_zeros else some)
 
     def _unexplained(self, settled: Settled) -> tuple[bool, bool]:
         """Whether there is room for a grain that nothing names, and whether some of it holds data."""

@@ -12,11 +12,12 @@ from nbd_vmdk.ops.check.entries import Rules, Survey
 from nbd_vmdk.ops.check.evidence import Evidence
 from nbd_vmdk.ops.check.scan import Numbers
 from nbd_vmdk.ops.check.verdicts import NUMBERS, State, Verdict, verdicts
+from nbd_vmdk.units import SECTOR
 
 #: States of entries that are right if they stand in the table.
 _SURE: Final = (State.HOLE, State.ZEROS, State.STRAY, State.GRAIN)
 #: Verdicts that leave both entries as they are.
-_LEFT: Final = (Verdict.SURE, Verdict.ASK, Verdict.CUT, Verdict.LOST, Verdict.LEAVE)
+_LEFT: Final = (Verdict.SURE, Verdict.WIPED, Verdict.ASK, Verdict.CUT, Verdict.LOST, Verdict.LEAVE)
 
 
 @dataclass(slots=True)
@@ -62,7 +63,8 @@ class Pair:
     def doubts(self) -> Numbers:
         """Entries in whose stead the twin's is taken if it names a place that nobody else has: a mask."""
         grain = np.full(len(self.table), State.GRAIN, np.uint8)
-        doubts: Numbers = self.twin_differs & (self._look_up(grain) == NUMBERS[Verdict.TWIN])
+        taken = np.isin(self._look_up(grain), [NUMBERS[Verdict.TWIN], NUMBERS[Verdict.WIPED]])
+        doubts: Numbers = self.twin_differs & taken
         return doubts
 
     @property
@@ -96,7 +98,15 @@ class Pair:
         self.verdicts = self._look_up(twins)
         if self.twin is not None:
             self.verdicts[(self.table == self.twin) & self.good] = NUMBERS[Verdict.KEEP]
+            self.verdicts[self.at(Verdict.WIPED) & self._in_wiped_sector(self.twin)] = NUMBERS[Verdict.TWIN]
         self.verdicts[self.inside :] = NUMBERS[Verdict.KEEP]
+
+    def _in_wiped_sector(self, twin: Numbers) -> Numbers:
+        """Entries in sectors of the table that are all zeros where the twin's name several grains: a mask."""
+        width = min(SECTOR // 4, len(twin))
+        wiped = ~self.table.reshape(-1, width).any(axis=1)
+        wiped &= (twin >= self.rules.codes).reshape(-1, width).sum(axis=1) > 1
+        return np.repeat(wiped, width)
 
     def at(self, *found: Verdict) -> Numbers:
         """Entries with one of these verdicts: a mask."""
@@ -119,18 +129,19 @@ class Pair:
 
     @property
     def settled(self) -> Numbers:
-        """The places of those grains that are sure, 0 for all others."""
+        """The places of those grains that are sure, or would be if the table was wiped; 0 for all others."""
         agreed = self.good if self.twin is None else self.good & (self.table == self.twin)
         agreed |= self.at(Verdict.KEEP) & np.isin(self.states, _SURE)
         agreed |= self.at(Verdict.TWIN)
-        return np.where(agreed, self.should, 0)
+        places: Numbers = np.where(agreed, self.should, 0)
+        return places if self.twin is None else np.where(self.at(Verdict.WIPED), self.twin, places)
 
     @property
     def unsure(self) -> list[int]:
-        """Entries that depend on whether a grain may be lost."""
-        return np.flatnonzero(self.at(Verdict.SURE)).tolist()
+        """Entries that depend on what else is in the file."""
+        return np.flatnonzero(self.at(Verdict.SURE, Verdict.WIPED)).tolist()
 
-    def settle(self, at: int, no_grain_lost: bool) -> None:
+    def settle(self, at: int, twin_is_right: bool) -> None:
         """Settle one of those."""
         verdict = Verdict.LEAVE if self.good[at] else Verdict.ASK
-        self.verdicts[at] = NUMBERS[Verdict.TWIN if no_grain_lost else verdict]
+        self.verdicts[at] = NUMBERS[Verdict.TWIN if twin_is_right else verdict]

@@ -79,21 +79,29 @@ class Twins:
         reads_zeros = bool(value) or not self._rules.subject.child
         return self._evidence.no_grain_lost(self._settled, reads_zeros=reads_zeros)
 
+    def _is_twin_right(self, pair: Pair, at: int, grain: int) -> bool:
+        """Whether the file bears the twin out: with no grain, or with one that the table does not know."""
+        value = 0 if pair.twin is None else int(pair.twin[at])
+        if self._is_hole is not None:
+            return self._is_hole(grain) is (value < self._rules.codes)
+        if value < self._rules.codes:
+            return self.no_grain_lost(value)
+        return self._evidence.all_explained(self._settled, or_zeros=not self._rules.subject.child)
+
     def report(self) -> Outcome:
         """Report what is wrong.
 
         Where grains are compressed, those whose entries are lost are not reported but returned: the records
         that the entries should name may tell more.
         """
-        rules, tables, is_hole = self._rules, self._tables, self._is_hole
+        rules, tables = self._rules, self._tables
         outcome = Outcome()
         for number in sorted(self._found.problems):
             first = number * tables.entries
             pair = self._pair(number)
             pair.judge(self._evidence)
             for at in pair.unsure:
-                value = int(pair.twin[at]) if pair.twin is not None else 0
-                pair.settle(at, self.no_grain_lost(value) if is_hole is None else is_hole(first + at))
+                pair.settle(at, self._is_twin_right(pair, at, first + at))
             outcome.mended.update((np.flatnonzero((pair.should != pair.table) & ~pair.left) + first).tolist())
             repair = _repair(pair, tables, self._twins)
             _report_pair(pair, repair)
@@ -195,13 +203,14 @@ def _report_wiped(pair: Pair, at: int, tables: TableSet) -> None:
     twin = int(pair.twin[at])
     mend: Repair | str = "the grain is cut off: get the file again"
     says, effect = f"names sector {twin}, of which the end of the file left a part", "data may be lost"
-    if twin < rules.codes:
-        says, effect = "says that it is zeros", f"what reads as {subject.hole} may have been zeros"
+    if pair.twin_good[at]:
+        says = "says that it is zeros" if twin < rules.codes else f"names sector {twin}"
+        effect = f"what reads as {subject.hole} may have been something else"
         place = int(tables.places[pair.number]) + at * tables.width
         mend = Repair(
             "believe the twin",
             (subject.write(place, twin.to_bytes(tables.width, "little"), Stage.TABLES),),
-            f"what reads as {subject.hole} now will read as zeros",
+            f"what reads as {subject.hole} now will be {'zeros' if twin < rules.codes else 'that grain'}",
         )
     subject.error(
         "tables-differ",

@@ -8,7 +8,9 @@ a grain that nobody else has.  So:
 *   a place that nobody else has is believed before everything that can't be right, or is odd.  Chance does
     not make such places;
 *   of two entries that can be right the table's stays, as the newer one and the one that readers go by.  But
-    in a file that was closed cleanly a difference is damage, and then a 0 is what is left of a wiped sector;
+    in a file that was closed cleanly a difference is damage, and then a 0 may be what is left of a wiped
+    sector.  The twin's grain is taken if that is what it looks like, or if the file is all accounted for
+    with it: in a file with much that nobody names, damage of the twin may well name some of that;
 *   where the table's entry can't be right and the twin's says that there is no grain, a grain may be lost all
     the same, by damage of both.  The twin is believed only if nothing else in the file speaks for a lost
     grain (evidence.py): then all room in it is accounted for, and the entry never named a grain.  Else the
@@ -63,6 +65,9 @@ class Verdict(StrEnum):
     TWIN   the twin's is right: the table gets it
     CLEAN  TWIN in a file that was closed cleanly, else KEEP
     BASE   TWIN where there is no parent, so that both read the same, else KEEP
+    WIPED  in a file that was closed cleanly: TWIN if the entry's sector of the table is all zeros and that of
+           the twin names several grains, or if all of the file is accounted for with the twin's grain; else
+           LEAVE.  In a file that was not: KEEP
     DOUBT  LEAVE over a parent, in a file that was closed cleanly; else KEEP
     SURE   TWIN if nothing in the file speaks for a lost grain; else ASK if the table's entry can't be right,
            LEAVE if it can
@@ -76,6 +81,7 @@ class Verdict(StrEnum):
     TWIN = "twin"
     CLEAN = "clean"
     BASE = "base"
+    WIPED = "wiped"
     DOUBT = "doubt"
     SURE = "sure"
     ASK = "ask"
@@ -87,7 +93,7 @@ class Verdict(StrEnum):
 #: A row for each state of the table's entry, a column for each of the twin's.
 _CASES: Final = """
          HOLE   ZEROS  STRAY  GRAIN  SKEWED SHARED CUT    PAST   NOWHERE NONE
-HOLE     keep   doubt  keep   clean  keep   keep   leave  keep   keep    keep
+HOLE     keep   doubt  keep   wiped  keep   keep   leave  keep   keep    keep
 ZEROS    keep   keep   keep   keep   keep   keep   keep   keep   keep    keep
 STRAY    base   keep   keep   clean  keep   keep   keep   keep   keep    keep
 GRAIN    keep   keep   keep   keep   keep   keep   keep   keep   keep    keep
@@ -122,5 +128,7 @@ def verdicts(
     keep, twin = NUMBERS[Verdict.KEEP], NUMBERS[Verdict.TWIN]
     found[found == NUMBERS[Verdict.CLEAN]] = keep if unclean else twin
     found[found == NUMBERS[Verdict.BASE]] = keep if child else twin
+    if unclean:
+        found[found == NUMBERS[Verdict.WIPED]] = keep
     found[found == NUMBERS[Verdict.DOUBT]] = NUMBERS[Verdict.LEAVE] if child and not unclean else keep
     return found
