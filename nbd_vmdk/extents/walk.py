@@ -19,6 +19,8 @@ from nbd_vmdk.units import KIB, MIB, SECTOR, align_down, align_up
 #: Bytes read at once when the next record is searched: few at first, because it is near most often.
 _FIRST_WINDOW: Final = 8 * KIB
 _WINDOW: Final = MIB
+#: Room before the first record that is searched for an earlier one.
+_FRONT: Final = MIB
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ def walk_records(storage: Storage, header: HostedHeader, tables: SalvagedTables)
     """Go from record to record to the end of the file, entering every grain that is whole."""
     # Beyond this no table's entry can name a record, so no writer put one there.
     size = min(storage.size, LOST_ENTRY * SECTOR)
-    at = first_place(header)
+    at = first_record(storage, header)
     walk = Walk(at // SECTOR if _is_start(storage, header, at) else None)
     if walk.start is None:
         walk.damaged = True
@@ -113,6 +115,25 @@ def first_place(header: HostedHeader) -> int:
     """Where the first record should be: behind the header, the descriptor and what else lies in front."""
     descriptor_end = (header.descriptor_sector + header.descriptor_sectors) * SECTOR
     return max(header.overhead_sectors * SECTOR, align_up(max(descriptor_end, SECTOR), SECTOR))
+
+
+def first_record(storage: Storage, header: HostedHeader) -> int:
+    """Where the first record is: by overHead, or before that, where nothing else can be.
+
+    An overHead that names a later record would make zeros of the grains before it.
+    """
+    end = min(first_place(header), storage.size)
+    begin = align_up(max((header.descriptor_sector + header.descriptor_sectors) * SECTOR, SECTOR), SECTOR)
+    if header.directory_at_end:
+        for at in range(begin, min(end, begin + _FRONT) - SECTOR + 1, SECTOR):
+            if is_likely(storage.read(at, SECTOR), header):
+                return at
+    return first_place(header)
+
+
+def is_likely(sector: bytes, header: HostedHeader) -> bool:
+    """Whether a sector that nothing leads to looks like a record."""
+    return any(sector[:16]) and is_plausible(parse_record(sector, header), sector)
 
 
 def _is_start(storage: Storage, header: HostedHeader, at: int) -> bool:

@@ -528,3 +528,14 @@ def test_stream_whose_header_passes_over_records(tmp_path: Path) -> None:
     wanted = image.visible.read()
     for at, found in enumerate(read_or_none(image.path, MIB)):
         assert found in (None, wanted[at * MIB : (at + 1) * MIB])
+
+
+def test_salvage_of_a_stream_whose_header_passes_over_records(tmp_path: Path) -> None:
+    """The same in a file that broke off as well, where only the records tell of the grains."""
+    image = streamed()(str(tmp_path))
+    extent = image.stream()
+    later = sorted(record.sector for record in extent.records.values())[20]
+    poke(image.path, 64, later.to_bytes(8, "little"))
+    cut(image.path, (extent.gd_sector - 1) * SECTOR)
+    with open_disk(image.path, salvage=True) as disk:
+        assert disk.pread(disk.size, 0) == image.visible.read()

@@ -9,19 +9,17 @@ from typing import Final
 
 import numpy as np
 
-from nbd_vmdk.extents.walk import first_place, is_plausible, next_record
+from nbd_vmdk.extents.walk import first_record, is_likely, next_record
 from nbd_vmdk.ondisk.hosted import HostedHeader
 from nbd_vmdk.ondisk.stream import GRAIN_MARKER, GrainRecord, MarkerType, MetadataRecord, parse_record
 from nbd_vmdk.ops.check.scan import Numbers
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.units import MIB, SECTOR
+from nbd_vmdk.units import SECTOR
 
 #: In place of a sector: two records claim to be this grain.
 DISPUTED: Final = 0xFFFFFFFF
 #: Zero sectors this near the end of the file are the end of the stream or padding, not damage.
 _END_PADDING: Final = 64 * 1024
-#: Room before the first record that is searched for an earlier one.
-_FRONT: Final = MIB
 
 
 @dataclass(slots=True)
@@ -60,8 +58,8 @@ def walk(storage: Storage, header: HostedHeader) -> Walked:
     """Find all records.  The time is that of reading one sector a grain."""
     found = Walked(header.entries_per_table)
     size = storage.size
-    at = _first(storage, header)
-    undamaged = at < size and _is_likely(storage.read(at, min(SECTOR, size - at)), header)
+    at = first_record(storage, header)
+    undamaged = at < size and is_likely(storage.read(at, min(SECTOR, size - at)), header)
     if not undamaged:
         at = next_record(storage, header, at - SECTOR, size)
     while at < size:
@@ -82,19 +80,3 @@ def walk(storage: Storage, header: HostedHeader) -> Walked:
                 at = next_record(storage, header, at, size)
     found.unbroken = undamaged
     return found
-
-
-def _first(storage: Storage, header: HostedHeader) -> int:
-    """Where the first record is: by overHead, or before that, where nothing else can be."""
-    end = min(first_place(header), storage.size)
-    begin = max(header.descriptor_sector + header.descriptor_sectors, 1) * SECTOR
-    if header.directory_at_end:
-        for at in range(begin, min(end, begin + _FRONT) - SECTOR + 1, SECTOR):
-            if _is_likely(storage.read(at, SECTOR), header):
-                return at
-    return first_place(header)
-
-
-def _is_likely(sector: bytes, header: HostedHeader) -> bool:
-    """Whether a sector that nothing leads to looks like a record."""
-    return any(sector[:16]) and is_plausible(parse_record(sector, header), sector)
