@@ -539,3 +539,18 @@ def test_salvage_of_a_stream_whose_header_passes_over_records(tmp_path: Path) ->
     cut(image.path, (extent.gd_sector - 1) * SECTOR)
     with open_disk(image.path, salvage=True) as disk:
         assert disk.pread(disk.size, 0) == image.visible.read()
+
+
+def test_entries_of_a_table_are_no_directory(tmp_path: Path) -> None:
+    """gdOffset names the first table, whose entries are as regular as a directory: no record is touched."""
+    image = streamed(layout="B")(str(tmp_path))
+    extent = image.stream()
+    first = min(record.sector for record in extent.records.values())
+    at = extent.gd[0] * SECTOR
+    wiped = bytes(4) + peek(image.path, at + 4, 4)  # what is left looks like a directory with a hole
+    for start in (wiped, peek(image.path, at, 8)):
+        poke(image.path, at, start)
+        poke(image.path, 56, extent.gd[0].to_bytes(8, "little"))
+        records = Path(image.path).read_bytes()[first * SECTOR :]
+        apply_repair(image.path)
+        assert Path(image.path).read_bytes()[first * SECTOR :].startswith(records)

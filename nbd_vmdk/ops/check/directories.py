@@ -216,12 +216,17 @@ class Directories:
                 self.astray.update(numbers.tolist())
 
     def _regular(self, side: Side) -> Numbers:
-        """Which tables lie where the layout has them: a mask; one alone counts in the usual place only."""
+        """Which tables lie where the layout has them: a mask.
+
+        Away from the usual place, behind the directory, one table makes no layout, nor do any without twins:
+        entries of a table, taken for a directory, may be as regular.
+        """
         if side.base is None:
             return np.zeros(self.count, bool)
         regular: Numbers = side.entries == side.base + np.arange(self.count) * self._step
         usual = side.base == side.sector + self._area
-        return regular & (usual or np.count_nonzero(regular & side.good) > 1)
+        several = self.redundant is not None and np.count_nonzero(regular & side.good) > 1
+        return regular & (usual or several)
 
     def _over_grains(self, sides: list[Side], sectors: Numbers) -> Numbers:
         """Which of the places that tables should have lie on grains on which both copies agree: a mask."""
