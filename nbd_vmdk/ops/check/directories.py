@@ -85,15 +85,18 @@ class Directories:
     def _exclude_astray_area(self, places: dict[str, int | None]) -> None:
         """Leave out the one of two directories that is neither in its usual place nor leads to tables.
 
-        What is there instead may be a grain's bytes, which mending entries would destroy.
+        What is there instead may be a grain's bytes, which mending entries would destroy.  In front of the
+        grains there are none; there it is a directory whose first tables a power cut left to the other one.
         """
         first, second = places["gdOffset"], places.get("rgdOffset")
         if first is None or second is None or first - second == self._area + self.count * self._step:
             return
         leads = {name: self._leads(sector) for name, sector in places.items() if sector is not None}
         worst = min(leads, key=leads.__getitem__)
-        if leads[worst] * 2 <= 1 and leads[worst] < max(leads.values()):
-            places[worst] = self._report_area(worst, places[worst] or 0, places)
+        place = places[worst] or 0
+        behind = place + self._area > self.header.overhead_sectors
+        if behind and leads[worst] * 2 <= 1 and leads[worst] < max(leads.values()):
+            places[worst] = self._report_area(worst, place, places)
 
     def _leads(self, sector: int) -> float:
         """Which part of the entries of what may be a directory leads to tables in use; some are tried."""
