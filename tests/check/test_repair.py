@@ -122,6 +122,25 @@ def test_left(tmp_path: Path, broken: Break) -> None:
         assert not os.path.exists(f"{image.path}.undo")
 
 
+def test_relatives_are_found_in_a_full_folder(tmp_path: Path) -> None:
+    image = child_of_sparse(str(tmp_path))
+    wanted = image.visible.read()
+    assert image.parent is not None
+    poke(image.parent.path, SECTOR, bytes(20 * SECTOR))
+    for number in range(1100):
+        (tmp_path / f"another {number}.vmdk").touch()
+    apply_repair(image.parent.path, also=["descriptor-lost"])
+    assert read_all(image.path) == wanted, "the parent has the content ID that its child expects"
+
+    os.rename(image.parent.path, tmp_path / "moved.vmdk")
+    apply_repair(image.path, also=["parent-not-found"])
+    assert read_all(image.path) == wanted
+    os.rename(tmp_path / "moved.vmdk", tmp_path / "moved again.vmdk")
+    shutil.copy(tmp_path / "moved again.vmdk", tmp_path / "a copy.vmdk")
+    with pytest.raises(OptionError, match="can be asked for"):
+        plan_repair(image.path, also=["parent-not-found"])
+
+
 def test_several_at_once(tmp_path: Path) -> None:
     """Damage of many sorts in one file, all mended in one go, and all taken back."""
     image = sparse(str(tmp_path), text={"version": 3, "extra": ['changeTrackPath="disk-ctk.vmdk"']})

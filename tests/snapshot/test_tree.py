@@ -300,6 +300,18 @@ def test_removing_what_nothing_stands_on(tmp_path: Path) -> None:
     assert names_in(tmp_path) == set()
 
 
+def test_a_child_is_found_in_a_full_folder(quick_path: Path) -> None:
+    base = make_base(quick_path)
+    child = make_child(base, quick_path / "the-child.vmdk")
+    for number in range(10_100):
+        (quick_path / f"other {number}.vmdk").touch()
+    with pytest.raises(WriteRefused, match="it is the base of"):
+        delete_link(base, apply=True)
+    assert base.exists()
+    assert commit(child).result == str(base)
+    assert not child.exists()
+
+
 def test_what_is_not_removed(tmp_path: Path) -> None:
     base, middle, top = make_chain(tmp_path)
     names = names_in(tmp_path)

@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.look import descriptors_in
 from nbd_vmdk.ondisk.descriptor import (
     FRESH_CID,
     NO_PARENT,
@@ -26,8 +26,6 @@ _HINT: Final = re.compile(rb'parentFileNameHint\s*=\s*"([^"\0\r\n]+)"', re.IGNOR
 _HEX32: Final = re.compile(r"[0-9a-fA-F]{32}")
 _DELTA: Final = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
 _PIECE: Final = re.compile(r"-s\d{3,}\.vmdk$", re.IGNORECASE)
-#: Other descriptors looked at for what they say of a parent.
-_MAX_SIBLINGS: Final = 1000
 
 
 def check_descriptor(subject: Subject, text: Text, folder: Folder) -> None:
@@ -154,9 +152,7 @@ def _rebuilt(subject: Subject, header: HostedHeader, folder: Folder, name: str, 
 
 def _cid_by_children(folder: Folder, name: str) -> int | None:
     """The content ID that snapshots of this disk expect it to have."""
-    names = [sibling for sibling in folder.names() if sibling.lower().endswith(".vmdk") and sibling != name]
-    for sibling in names[:_MAX_SIBLINGS]:
-        child = read_descriptor(folder, sibling)
-        if child is not None and child.has_parent and last_component(child.parent_hint or "") == name:
+    for sibling, child in descriptors_in(folder):
+        if sibling != name and child.has_parent and last_component(child.parent_hint or "") == name:
             return child.parent_cid
     return None

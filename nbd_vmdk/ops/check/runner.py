@@ -7,7 +7,7 @@ from typing import Any, Final
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates
 from nbd_vmdk.errors import FileMissing, FormatError, TrustError, VmdkError
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.look import descriptors_in, read_descriptor
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.ops.check.context import Context, Progress
 from nbd_vmdk.ops.check.findings import Finding, ImageFile, Repair, Severity
@@ -18,7 +18,6 @@ from nbd_vmdk.storage.locks import vmware_lock
 from nbd_vmdk.units import MIB
 from nbd_vmdk.vm import locate
 
-_MAX_SIBLINGS: Final = 1000
 _UNREADABLE: Final = "what the snapshot does not hold itself can't be read"
 
 
@@ -249,9 +248,8 @@ class _Chain:
         assert link.text is not None
         descriptor = link.text.descriptor
         cid = descriptor.parent_cid
-        names = [name for name in link.folder.names() if name.lower().endswith(".vmdk")]
-        fitting = [name for name in names[:_MAX_SIBLINGS] if _cid_of(link.folder, name) == cid]
-        fitting = [name for name in fitting if name != link.file.name]
+        others = ((name, other) for name, other in descriptors_in(link.folder) if name != link.file.name)
+        fitting = [name for name, other in others if other.cid == cid]
         repair: Repair | str = "put the parent beside it, or name it with --parent FILE"
         if len(fitting) == 1:
             asks = "content IDs are drawn at random: two disks may have the same"

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 from nbd_vmdk.chain import MAX_LINKS, parent_candidates
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
-from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.look import read_descriptor, vmdk_names
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
 from nbd_vmdk.ondisk.probe import PROBE_LENGTH
 from nbd_vmdk.opener import own_line
 from nbd_vmdk.storage.folder import Folder
-
-#: Files looked at in one folder.
-_MAX_FILES = 10_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,9 +71,12 @@ def link_file(folder: Folder, name: str) -> LinkFile | None:
 
 
 def links_in(folder: Folder) -> list[LinkFile]:
-    """The links in a folder, by name; what can't be read is passed over."""
+    """The links in a folder, by name; what can't be read is passed over.
+
+    However many they are: what is removed or merged must have no child that was not seen.
+    """
     found = []
-    for name in [name for name in folder.names() if name.lower().endswith(".vmdk")][:_MAX_FILES]:
+    for name in sorted(vmdk_names(folder)):
         try:
             link = link_file(folder, name)
         except VmdkError:
