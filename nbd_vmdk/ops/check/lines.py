@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Final
 
 from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.look import head_of
 from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, last_component
 from nbd_vmdk.ondisk.hosted import parse_header
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.findings import Repair, Text
 from nbd_vmdk.storage.base import Storage
@@ -66,7 +67,7 @@ def _can_be(storage: Storage, line: ExtentLine) -> bool:
     """Whether a file can be the extent of a line, by its size or its header."""
     if is_raw(line):
         return storage.size == (line.offset_sectors + line.sectors) * SECTOR
-    head = storage.read(0, min(PROBE_LENGTH, storage.size))
+    head = head_of(storage)
     kind = identify(head)
     if kind is not FileKind.HOSTED:
         return SPARSE_KINDS.get(kind) == line.type

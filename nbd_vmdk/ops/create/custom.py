@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nbd_vmdk.errors import BadField, FileMissing, FormatError, OptionError, Truncated
-from nbd_vmdk.look import find_owner
+from nbd_vmdk.look import find_owner, head_of
 from nbd_vmdk.ondisk import cowd, hosted, sesparse
 from nbd_vmdk.ondisk.descriptor import ExtentLine
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.ops.create.options import CreateOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -105,8 +105,7 @@ def _check_there(storage: Storage, line: ExtentLine) -> None:
         return
     if line.type not in (*_TABLED, "SESPARSE"):
         raise OptionError(storage.name, why=f"can't be used as {line.type}: {_NOT_MADE[line.type]}")
-    head = storage.read(0, min(PROBE_LENGTH, storage.size))
-    capacity = _capacity(head, storage)
+    capacity = _capacity(head_of(storage), storage)
     if line.sectors > capacity:
         why = f"the extent is to show {line.sectors} sectors of it"
         raise BadField(storage.name, field="capacity", value=capacity, why=why)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from nbd_vmdk.chain import MAX_LINKS, parent_candidates
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
-from nbd_vmdk.look import read_descriptor, vmdk_names
+from nbd_vmdk.look import head_of, read_descriptor, vmdk_names
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH
 from nbd_vmdk.opener import own_line
 from nbd_vmdk.storage.folder import Folder
 
@@ -105,7 +104,7 @@ def names_beside(link: LinkFile) -> set[str]:
     try:
         storage = link.folder.open(link.name)
         try:
-            head = storage.read(0, min(PROBE_LENGTH, storage.size))
+            head = head_of(storage)
         finally:
             storage.close()
         used = [line for line in lines if line.sectors]
