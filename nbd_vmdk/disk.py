@@ -18,9 +18,9 @@ from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
 from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
-from nbd_vmdk.extents.base import Below, Edges, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.base import NOTHING, Below, Edges, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
-from nbd_vmdk.link import NOTHING, Link
+from nbd_vmdk.link import Link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.storage.base import Storage

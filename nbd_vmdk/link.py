@@ -8,10 +8,9 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from nbd_vmdk.errors import WriteRefused
-from nbd_vmdk.extents.base import Below, Edges, Extent, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
@@ -265,7 +264,3 @@ def _shifted(below: Below | None, start: int) -> Below | None:
     if below is None or not start:
         return below
     return lambda buf, offset: below(buf, start + offset)
-
-
-#: Kinds of mapping that read as zeros once no parent is left to ask.
-NOTHING: Final = (Kind.HOLE, Kind.ZERO)

@@ -8,7 +8,7 @@ the answers (see disk.py), so they cannot disagree.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from nbd_vmdk.pages import Changes
 from nbd_vmdk.storage.base import Storage
@@ -22,6 +22,10 @@ class Kind(IntEnum):
     DATA = 2  #: bytes of a file, as they are
     PACKED = 3  #: bytes that must be inflated
     LOST = 4  #: bytes that can't be read: a read fails with EIO
+
+
+#: Kinds of mapping that read as zeros once no parent is left to ask.
+NOTHING: Final = (Kind.HOLE, Kind.ZERO)
 
 
 class Source(Protocol):
@@ -81,7 +85,7 @@ class Extent(ABC):
         That is all that NBD clients are told.  Two Edges in a row may say the same: then nothing changes.
         """
         for kind, count, _source, _at in self.runs(offset, length):
-            yield [offset], kind not in (Kind.HOLE, Kind.ZERO)
+            yield [offset], kind not in NOTHING
             offset += count
 
     def presence(self, offset: int, length: int, unit: int) -> bytes:

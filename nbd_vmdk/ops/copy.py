@@ -25,7 +25,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.units import MIB, align_down, align_up
 
 #: Bytes that a worker reads and writes at once.  From 256 KiB to 4 MiB copying between files of the page
@@ -315,7 +315,7 @@ def _widened(runs: Iterable[_Part], start: int, end: int, grain: int) -> Iterato
     """The same range, in runs that begin and end on grains: a grain with any data in it is data."""
     done = start
     for offset, length, kind in runs:
-        if kind in (Kind.ZERO, Kind.HOLE):
+        if kind in NOTHING:
             continue
         begin = max(align_down(offset, grain), done)
         stop = min(align_up(offset + length, grain), end)
@@ -333,7 +333,7 @@ def _items(parts: Iterable[_Part], chunk: int) -> Iterator[list[_Part]]:
     item: list[_Part] = []
     room = chunk
     for offset, length, kind in parts:
-        if kind in (Kind.ZERO, Kind.HOLE):
+        if kind in NOTHING:
             item.append(_Part(offset, length, kind))
             length = 0
         while length:

@@ -30,8 +30,8 @@ from typing import Any, Final
 
 from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.errors import ChainError, Difference, OptionError
-from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.link import NOTHING, Link
+from nbd_vmdk.extents.base import NOTHING, Kind
+from nbd_vmdk.link import Link
 from nbd_vmdk.ops.content import Range
 from nbd_vmdk.ops.convert import (
     HOLE_GRAIN,

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nbd_vmdk.disk import Disk
-from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.link import NOTHING
+from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.ops.content import Range
 
 

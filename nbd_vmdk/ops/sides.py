@@ -6,8 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Difference
-from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.link import NOTHING
+from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.ops.copy import Share, Sink, Source
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB

@@ -20,10 +20,11 @@ from typing import Any, Final
 
 from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import OptionError, WriteRefused
+from nbd_vmdk.extents.base import NOTHING
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.flat import FlatExtent, ZeroExtent
 from nbd_vmdk.extents.hosted import HostedExtent
-from nbd_vmdk.link import NOTHING, LinkExtent
+from nbd_vmdk.link import LinkExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, random_cid
 from nbd_vmdk.ondisk.descriptor_build import geometry_for
 from nbd_vmdk.ondisk.descriptor_text import HEX32

@@ -9,10 +9,10 @@ from typing import Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import FileExists, FileMissing, OptionError, VmdkError, WriteRefused
-from nbd_vmdk.extents.base import Extent
+from nbd_vmdk.extents.base import NOTHING, Extent
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.hosted import HostedExtent
-from nbd_vmdk.link import NOTHING, Link
+from nbd_vmdk.link import Link
 from nbd_vmdk.look import find_owner
 from nbd_vmdk.ondisk import hosted, hosted_build
 from nbd_vmdk.ondisk.descriptor import ExtentLine

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Unreadable, WriteRefused
-from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.extents.flat import FlatExtent, ZeroExtent
-from nbd_vmdk.link import NOTHING, Link
+from nbd_vmdk.link import Link
 from nbd_vmdk.units import KIB
 
 #: Data is looked at for zeros in blocks of a grain, within this.

@@ -23,8 +23,7 @@ from typing import Any, Final
 
 from nbd_vmdk.disk import Disk, Run, open_in
 from nbd_vmdk.errors import ChainError, ContentIdMismatch, Difference, InUse, ParentNotFound, WriteRefused
-from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.link import NOTHING
+from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.create.child import parent_hint
