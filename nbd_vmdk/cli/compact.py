@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.managing import allow_dir_option, drop_ctk_option, dry_run_option
-from nbd_vmdk.cli.opening import Number, image_argument, json_option
+from nbd_vmdk.cli.managing import allow_dir_option, dry_run_option
+from nbd_vmdk.cli.opening import Number, drop_ctk_option, image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import ImagePath, as_bytes, json_option
+from nbd_vmdk.cli.opening import ImagePath, allow_dir, as_bytes, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.units import format_size
 
@@ -53,14 +53,7 @@ from nbd_vmdk.units import format_size
     help="For custom: an extent as a descriptor has it, 'RW 2048 FLAT \"data.img\" 0', sizes in sectors. "
     "The file is used as it is, or made if it is not there.  Repeat in the order of the disk.",
 )
-@click.option(
-    "--allow-dir",
-    "allow_dirs",
-    type=click.Path(readable=False),
-    metavar="DIR",
-    multiple=True,
-    help="Let the image and its parents name files in DIR, too.  May be repeated.",
-)
+@allow_dir("Let the image and its parents name files in DIR, too.")
 @json_option
 @click.argument("image", type=ImagePath())
 @click.argument("size", callback=as_bytes, required=False)

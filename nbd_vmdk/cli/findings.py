@@ -2,41 +2,25 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import ImagePath
+from nbd_vmdk.cli.opening import all_of, place_options
 
 if TYPE_CHECKING:
     from nbd_vmdk.ops.check.findings import Finding
     from nbd_vmdk.ops.check.runner import Report
 
+#: What is checked, and which files the image may name.
+check_options = all_of(
+    place_options,
+    click.option("--data", is_flag=True, help="Inflate every compressed grain as well."),
+)
+
 CLEAN, DAMAGED, HARMLESS, IN_USE = 0, 3, 4, 5
 _COLOURS: Final = {"error": "red", "warning": "yellow"}
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def check_options(command: F) -> F:
-    """Give a command the options that say what is checked, and which files the image may name."""
-    for option in (
-        click.option("--data", is_flag=True, help="Inflate every compressed grain as well."),
-        click.option(
-            "--allow-devices", is_flag=True, help="Let the image name block devices in an allowed folder."
-        ),
-        click.option(
-            "--allow-dir",
-            "allow_dirs",
-            type=click.Path(readable=False),
-            metavar="DIR",
-            multiple=True,
-            help="Let the image name files in DIR, besides those in its own folder.  May be repeated.",
-        ),
-        click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
-    ):
-        command = option(command)
-    return command
 
 
 def exit_code(report: "Report") -> int:

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from nbd_vmdk.cli import output
+from nbd_vmdk.cli.opening import allow_dir
 
 if TYPE_CHECKING:
     from nbd_vmdk.ops.snapshot.machines import Mention
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-drop_ctk_option = click.option(
-    "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
-)
-allow_dir_option = click.option(
-    "--allow-dir",
-    "allow_dirs",
-    type=click.Path(readable=False),
-    metavar="DIR",
-    multiple=True,
-    help="Let images name files in DIR, and look for relatives there too.  May be repeated.",
-)
+allow_dir_option = allow_dir("Let images name files in DIR, and look for relatives there too.")
 edit_vm_option = click.option(
     "--edit-vm", is_flag=True, help="Change the lines that name it in the .vmx and .vmsd files beside it."
 )

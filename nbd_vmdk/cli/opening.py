@@ -68,7 +68,9 @@ def as_bytes(context: click.Context, parameter: click.Parameter, text: str | Non
         raise click.BadParameter(str(error), context, parameter) from error
 
 
-def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that gives a command several options; ``--help`` shows them in this order."""
+
     def decorate(command: F) -> F:
         for option in reversed(options):
             command = option(command)
@@ -77,25 +79,42 @@ def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-#: What every verb takes that opens an image to write to it; the names are those of OpenOptions.
-change_options = _all_of(
-    click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
-    click.option(
+def allow_dir(text: str) -> Callable[[F], F]:
+    """--allow-dir, and what that means."""
+    return click.option(
         "--allow-dir",
         "allow_dirs",
         type=click.Path(readable=False),
         metavar="DIR",
         multiple=True,
-        help="Let the image name files in DIR, besides those in its own folder.  May be repeated.",
-    ),
+        help=f"{text}  May be repeated.",
+    )
+
+
+write_parent_option = click.option(
+    "--write-parent", is_flag=True, help="Write although a snapshot stands on this image, and spoil that."
+)
+drop_ctk_option = click.option(
+    "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
+)
+
+#: Which files an image may be made of.  The names of these options, and of all below, are OpenOptions'.
+place_options = all_of(
+    click.option("--parent", type=ImagePath(), metavar="FILE", help="Use FILE as the parent of IMAGE."),
+    allow_dir("Let the image name files in DIR, besides those in its own folder."),
     click.option(
         "--allow-devices", is_flag=True, help="Let the image name block devices in an allowed folder."
     ),
+)
+
+#: What every verb takes that opens an image to write to it.
+change_options = all_of(
+    place_options,
     click.option("--ignore-cid", is_flag=True, help="Warn of content IDs that do not agree, and go on."),
 )
 
 #: What every verb takes that opens an image.
-open_options = _all_of(
+open_options = all_of(
     change_options,
     click.option(
         "--salvage",
@@ -105,13 +124,9 @@ open_options = _all_of(
 )
 
 #: What matters only where an image is served.
-serve_options = _all_of(
-    click.option(
-        "--write-parent", is_flag=True, help="Write although a snapshot stands on this image, and spoil that."
-    ),
-    click.option(
-        "--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking."
-    ),
+serve_options = all_of(
+    write_parent_option,
+    drop_ctk_option,
     click.option(
         "--cache-size",
         callback=as_bytes,

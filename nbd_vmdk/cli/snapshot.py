@@ -13,13 +13,12 @@ from nbd_vmdk.cli import output
 from nbd_vmdk.cli.managing import (
     allow_dir_option,
     as_given,
-    drop_ctk_option,
     dry_run_option,
     edit_vm_option,
     edit_vmx_option,
     tell_machines,
 )
-from nbd_vmdk.cli.opening import ImagePath, image_argument, json_option
+from nbd_vmdk.cli.opening import ImagePath, all_of, drop_ctk_option, image_argument, json_option
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
@@ -36,8 +35,9 @@ _STATES = {
 
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
-_allow_devices = click.option(
-    "--allow-devices", is_flag=True, help="Let images name block devices in an allowed folder."
+_place_options = all_of(
+    allow_dir_option,
+    click.option("--allow-devices", is_flag=True, help="Let images name block devices in an allowed folder."),
 )
 
 
@@ -118,8 +118,7 @@ def create(image: str, child: str | None, edit_vm: bool, as_json: bool, **option
 
 
 @snapshot.command("list", short_help="Show the tree of links in a folder.")
-@allow_dir_option
-@_allow_devices
+@_place_options
 @json_option
 @click.argument("place", type=ImagePath(), metavar="FOLDER|IMAGE")
 def list_(place: str, as_json: bool, **options: Any) -> int:
@@ -180,8 +179,7 @@ def _remarks(row: "Row") -> list[str]:
 @edit_vm_option
 @dry_run_option
 @drop_ctk_option
-@allow_dir_option
-@_allow_devices
+@_place_options
 @json_option
 @click.argument("child", type=ImagePath())
 def commit(
@@ -248,8 +246,7 @@ def _tell_plan(plan: "Plan", removes: Sequence[str]) -> None:
 @click.option("--unchecked", is_flag=True, help="With --relink: don't prove that the parents are alike.")
 @dry_run_option
 @drop_ctk_option
-@allow_dir_option
-@_allow_devices
+@_place_options
 @json_option
 @click.argument("child", type=ImagePath())
 def rebase(
@@ -293,8 +290,7 @@ def rebase(
 @click.option("--apply", is_flag=True, help="Remove it.")
 @edit_vmx_option
 @drop_ctk_option
-@allow_dir_option
-@_allow_devices
+@_place_options
 @json_option
 @click.argument("link", type=ImagePath())
 def delete(link: str, apply: bool, edit_vm: bool, as_json: bool, **options: Any) -> int:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import change_options, image_argument, json_option
+from nbd_vmdk.cli.opening import (
+    change_options,
+    drop_ctk_option,
+    image_argument,
+    json_option,
+    write_parent_option,
+)
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.cli.ranges import length_option, no_dash, offset_option, standard
 from nbd_vmdk.errors import (
@@ -44,10 +50,8 @@ _STEP: Final = GIB
 )
 @click.option("--zero", is_flag=True, help="Make --length bytes read as zeros; no input is read.")
 @click.option("--trim", is_flag=True, help="Give the space of --length bytes back; no input is read.")
-@click.option(
-    "--write-parent", is_flag=True, help="Write although a snapshot stands on this image, and spoil that."
-)
-@click.option("--drop-ctk", is_flag=True, help="Write although changes are tracked, and end the tracking.")
+@write_parent_option
+@drop_ctk_option
 @change_options
 @json_option
 @image_argument
