@@ -1,28 +1,18 @@
 """``nbd-vmdk convert``: a disk from anything that is one to anything that can be one."""
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import ImagePath, Number, as_bytes, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, Number, json_option, open_options
 from nbd_vmdk.cli.progress import progress
+from nbd_vmdk.cli.shaping import SHAPE, shape_options
 from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import format_size
 
 if TYPE_CHECKING:
     from nbd_vmdk.converting.conversion import Converted
-
-#: Options that describe the new VMDK, as create_image knows them.
-_CREATE: Final = (
-    "adapter",
-    "hwversion",
-    "product",
-    "grain_size",
-    "extent_size",
-    "preallocation",
-    "zeroed_grain",
-)
 
 
 @click.command(short_help="Copy a disk to a new image of another kind, a raw file or an NBD export.")
@@ -41,30 +31,7 @@ _CREATE: Final = (
     metavar="PRODUCT",
     help="Make what workstation, esxi, ova, qemu or virtualbox takes.",
 )
-@click.option(
-    "--adapter",
-    metavar="NAME",
-    help="ide, buslogic, lsilogic or legacyESX.  [default: that of SRC, or lsilogic]",
-)
-@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
-@click.option(
-    "--grain-size",
-    callback=as_bytes,
-    metavar="SIZE",
-    help="Unit of allocation.  [default: 64K; vmfsSparse: 512]",
-)
-@click.option(
-    "--extent-size",
-    callback=as_bytes,
-    metavar="SIZE",
-    help="Size of the pieces of twoGb kinds.  [default: 2047M]",
-)
-@click.option(
-    "--preallocation",
-    type=click.Choice(["off", "falloc", "full"]),
-    help="For flat kinds: take space as it is written, reserve it, or write it out.",
-)
-@click.option("--zeroed-grain", is_flag=True, help="Let the new image's tables say zeros (version 2).")
+@shape_options("that of SRC, or lsilogic")
 @click.option(
     "--from",
     "source_format",
@@ -149,7 +116,7 @@ def convert(
         if kind not in (None, "ova"):
             raise OptionError(None, why=f"--ova holds a streamOptimized disk, not --type {kind}")
         kind = "ova"
-    create = {name: value for name in _CREATE if (value := options.pop(name))}
+    create = {name: value for name in ("product", *SHAPE) if (value := options.pop(name))}
     with progress("converting") as told:
         work = Work(
             threads=threads,

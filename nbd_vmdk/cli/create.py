@@ -7,6 +7,7 @@ import click
 from nbd_vmdk.cli import output
 from nbd_vmdk.cli.opening import ImagePath, allow_dir, as_bytes, json_option
 from nbd_vmdk.cli.progress import progress
+from nbd_vmdk.cli.shaping import shape_options
 from nbd_vmdk.units import format_size
 
 
@@ -25,26 +26,7 @@ from nbd_vmdk.units import format_size
     help="Choose what workstation, esxi, ova, qemu or virtualbox takes, and say why.",
 )
 @click.option("--parent", type=ImagePath(), metavar="FILE", help="Make a child of FILE, of the same size.")
-@click.option("--adapter", metavar="NAME", help="ide, buslogic, lsilogic or legacyESX.  [default: lsilogic]")
-@click.option("--hwversion", type=int, metavar="N", help="Virtual hardware version.  [default: 10]")
-@click.option(
-    "--grain-size",
-    callback=as_bytes,
-    metavar="SIZE",
-    help="Unit of allocation.  [default: 64K; vmfsSparse: 512]",
-)
-@click.option(
-    "--extent-size",
-    callback=as_bytes,
-    metavar="SIZE",
-    help="Size of the pieces of twoGb kinds.  [default: 2047M]",
-)
-@click.option("--zeroed-grain", is_flag=True, help="Let tables say 'zeros' (version 2 of the header).")
-@click.option(
-    "--preallocation",
-    type=click.Choice(["off", "falloc", "full"]),
-    help="For flat kinds: take space as it is written, reserve it, or write it out.  vmfs with off is thin.",
-)
+@shape_options("lsilogic")
 @click.option(
     "--extent",
     "extents",
