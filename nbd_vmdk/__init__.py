@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbd_vmdk.converting.conversion import convert
     from nbd_vmdk.disk import Disk, Run, open_disk
     from nbd_vmdk.extents.base import Kind
+    from nbd_vmdk.ops.convert import Work
     from nbd_vmdk.ops.create import create_image
     from nbd_vmdk.options import OpenOptions
     from nbd_vmdk.serving.server import serve
@@ -26,6 +27,7 @@ __all__ = [
     "OpenOptions",
     "Run",
     "VmdkError",
+    "Work",
     "__version__",
     "convert",
     "create_image",
@@ -40,6 +42,7 @@ _HOMES = {
     "Kind": "nbd_vmdk.extents.base",
     "OpenOptions": "nbd_vmdk.options",
     "Run": "nbd_vmdk.disk",
+    "Work": "nbd_vmdk.ops.convert",
     "convert": "nbd_vmdk.converting.conversion",
     "create_image": "nbd_vmdk.ops.create",
     "open_disk": "nbd_vmdk.disk",

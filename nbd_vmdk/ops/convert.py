@@ -38,7 +38,7 @@ HOLE_GRAIN: Final = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """How to do it.
+    """How a conversion is done.
 
     threads   None takes what is best here
     level     of deflating: 1 is fastest, 6 as small as everybody's default

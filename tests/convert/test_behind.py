@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbd_vmdk import convert
+from nbd_vmdk import Work, convert
 from nbd_vmdk.extents.base import Kind
-from nbd_vmdk.ops.convert import Work
 from nbd_vmdk.ops.copy import copy
 from nbd_vmdk.storage import local
 from nbd_vmdk.storage.local import LocalFile

@@ -20,14 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nbd_vmdk
-from nbd_vmdk import VmdkError, convert, create_image, open_disk
+from nbd_vmdk import VmdkError, Work, convert, create_image, open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.cli.convert import convert as command
 from nbd_vmdk.errors import Difference, FileExists, NotVmdk, OptionError, StorageError, WriteRefused
 from nbd_vmdk.extents.streamwriter import StreamWriter
 from nbd_vmdk.ops import convert as converting
 from nbd_vmdk.ops.check.runner import check_image
-from nbd_vmdk.ops.convert import Work
 from nbd_vmdk.storage.local import LocalFile
 from tests.convert import leftovers, qemu_raw, raw_file
 from tests.corpus import Entry, entries

@@ -14,12 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbd_vmdk import VmdkError, convert, open_disk
+from nbd_vmdk import VmdkError, Work, convert, open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.converting.conversion import Converted
 from nbd_vmdk.errors import ChainError, Difference, OptionError, StorageError, WriteRefused
 from nbd_vmdk.ops.check.runner import check_image
-from nbd_vmdk.ops.convert import Work
 from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.storage.local import LocalFile

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk import convert, open_disk
+from nbd_vmdk import Work, convert, open_disk
 from nbd_vmdk.errors import NbdError, StorageError
-from nbd_vmdk.ops.convert import Work
 from tests.convert import raw_file
 from tests.images.content import KIB, MIB, SECTOR, Content
 

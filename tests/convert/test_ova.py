@@ -11,8 +11,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from nbd_vmdk import convert, open_disk
-from nbd_vmdk.ops.convert import Work
+from nbd_vmdk import Work, convert, open_disk
 from nbd_vmdk.ops.ova import tar_header
 from nbd_vmdk.units import GIB, MIB
 from tests.convert import qemu_raw, raw_file
