@@ -15,13 +15,16 @@ ENTRIES_PER_TABLE: Final = 4096
 #: The header has a geometry, and no parent's name.
 FLAG_ROOT: Final = 1
 FLAG_INCONSISTENT: Final = 4
-#: Bytes of the header at which a writer changes it: flags, numSectors, numGDEntries, freeSector, the geometry
-#: and what follows it, uncleanShutdown.
+#: Bytes of the header at which it is changed: flags, numSectors, gdOffset, numGDEntries, freeSector, the
+#: geometry and what follows it, generation, savedGeneration, uncleanShutdown.
 FLAGS_AT: Final = 8
 CAPACITY_AT: Final = 12
+DIRECTORY_AT: Final = 20
 ENTRIES_AT: Final = 24
 FREE_SECTOR_AT: Final = 28
 GEOMETRY_AT: Final = 32
+GENERATION_AT: Final = 1060
+SAVED_AT: Final = 1636
 UNCLEAN_AT: Final = 1648
 #: The last byte at which a grain of any size may end, so that freeSector, 32 bits wide, can name it.
 MAX_END: Final = 0xFFFF_FFFF * SECTOR

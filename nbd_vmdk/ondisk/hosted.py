@@ -29,11 +29,17 @@ COMPRESSION_NONE: Final = 0
 COMPRESSION_DEFLATE: Final = 1
 NEWLINES: Final = b"\n \r\n"
 
-#: Bytes of the header at which a writer changes it: capacity, rgdOffset, gdOffset, uncleanShutdown.
+#: Bytes of the header at which it is changed: version, flags, capacity, descriptorOffset, rgdOffset,
+#: gdOffset, overHead, uncleanShutdown, and the four characters that follow it.
+VERSION_AT: Final = 4
+FLAGS_AT: Final = 8
 CAPACITY_AT: Final = 12
+DESCRIPTOR_OFFSET_AT: Final = 28
 RGD_OFFSET_AT: Final = 48
 GD_OFFSET_AT: Final = 56
+OVERHEAD_AT: Final = 64
 UNCLEAN_AT: Final = 72
+NEWLINES_AT: Final = 73
 #: Entries are 32-bit sector numbers, so no grain or table can start beyond this sector, or this byte.
 MAX_ENTRY: Final = 0xFFFFFFFF
 MAX_GRAIN_AT: Final = MAX_ENTRY * SECTOR

@@ -26,8 +26,20 @@ ENTRY_ALLOCATED: Final = 3
 ENTRY_STEP: Final = 1 << 48
 
 _CONST: Final = struct.Struct("<26Q")
+#: The byte of the constant header from which on it has the offset and the size of each area.
+AREAS_AT: Final = 80
+_AREAS: Final = (
+    "volatileHeader",
+    "journalHeader",
+    "journal",
+    "grainDirectory",
+    "grainTables",
+    "freeBitmap",
+    "backMap",
+    "grain",
+)
 _VOLATILE: Final = struct.Struct("<4Q")
-_TABLE_TAG: Final = 0x10000000
+TABLE_TAG: Final = 0x10000000
 _TABLE_SECTORS: Final = 64
 _GRAIN_SECTORS: Final = 8
 ENTRIES_PER_TABLE: Final = _TABLE_SECTORS * SECTOR // 8
@@ -87,23 +99,10 @@ def parse_header(data: bytes, file: str) -> SeSparseHeader:
         raise refuse("grainTableSize", table, f"only {_TABLE_SECTORS} sectors are known")
     if not 0 < capacity * SECTOR <= _MAX_CAPACITY:
         raise refuse("capacity", capacity, "must be up to 64 TiB")
-    names = (
-        "volatileHeader",
-        "journalHeader",
-        "journal",
-        "grainDirectory",
-        "grainTables",
-        "freeBitmap",
-        "backMap",
-        "grain",
-    )
-    areas: dict[str, Area] = {}
-    for index, name in enumerate(names):
-        # `rest` begins at byte 48: four reserved words, then offset and size of each area.
-        at, length = rest[4 + 2 * index : 6 + 2 * index]
-        if not at or (at + length) * SECTOR > MAX_OFFSET:
-            raise refuse(f"{name}Offset", at, "outside any file")
-        areas[name] = Area(at * SECTOR, length * SECTOR)
+    areas = areas_of(data)
+    for name, area in areas.items():
+        if not area.at or area.at + area.length > MAX_OFFSET:
+            raise refuse(f"{name}Offset", area.at // SECTOR, "outside any file")
     header = SeSparseHeader(
         capacity_sectors=capacity,
         volatile=areas["volatileHeader"],
@@ -116,6 +115,15 @@ def parse_header(data: bytes, file: str) -> SeSparseHeader:
             "grainDirectorySize", header.directory.length // SECTOR, f"too small for {capacity} sectors"
         )
     return header
+
+
+def areas_of(data: bytes) -> dict[str, Area]:
+    """The areas that a constant header names, wherever they are, in its order."""
+    words = _CONST.unpack_from(data)[AREAS_AT // 8 :]
+    return {
+        name: Area(words[2 * index] * SECTOR, words[2 * index + 1] * SECTOR)
+        for index, name in enumerate(_AREAS)
+    }
 
 
 def check_volatile(data: bytes, file: str) -> None:
@@ -139,7 +147,7 @@ def table_index(entry: int, header: SeSparseHeader, file: str) -> int | None:
     if not entry:
         return None
     index = entry & 0xFFFFFFFF
-    if entry >> 32 != _TABLE_TAG or (index + 1) * _TABLE_SECTORS * SECTOR > header.tables.length:
+    if entry >> 32 != TABLE_TAG or (index + 1) * _TABLE_SECTORS * SECTOR > header.tables.length:
         raise BadField(file, field="grain directory entry", value=f"{entry:#x}", why="names no grain table")
     return index
 

@@ -7,9 +7,14 @@ import numpy as np
 
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.ondisk.cowd import (
+    DIRECTORY_AT,
+    ENTRIES_AT,
     ENTRIES_PER_TABLE,
     FLAG_INCONSISTENT,
+    FLAGS_AT,
     FREE_SECTOR_AT,
+    GENERATION_AT,
+    SAVED_AT,
     UNCLEAN_AT,
     CowdHeader,
     parse_header,
@@ -25,8 +30,6 @@ from nbd_vmdk.units import SECTOR, format_size
 
 _HEADER: Final = 2048
 _TABLE: Final = ENTRIES_PER_TABLE * 4 // SECTOR
-_FLAGS_AT, _DIRECTORY_AT, _ENTRIES_AT = 8, 20, 24
-_GENERATION_AT, _SAVED_AT = 1060, 1636
 _USUAL_DIRECTORY: Final = 4
 
 
@@ -92,15 +95,15 @@ def _look(
 
 
 def _report_geometry(subject: Subject, header: CowdHeader, head: bytes) -> None:
-    (count,) = struct.unpack_from("<I", head, _ENTRIES_AT)
+    (count,) = struct.unpack_from("<I", head, ENTRIES_AT)
     if count != header.directory_entries:
         data = header.directory_entries.to_bytes(4, "little")
         subject.warning(
             "cowd-geometry",
             f"numGDEntries is {count}, but the capacity needs {header.directory_entries}",
             "none; some readers trust the number",
-            Repair("set it to what the capacity needs", (subject.write(_ENTRIES_AT, data, Stage.POINTERS),)),
-            at=_ENTRIES_AT,
+            Repair("set it to what the capacity needs", (subject.write(ENTRIES_AT, data, Stage.POINTERS),)),
+            at=ENTRIES_AT,
         )
     if header.directory_sector != _USUAL_DIRECTORY:
         subject.warning(
@@ -108,7 +111,7 @@ def _report_geometry(subject: Subject, header: CowdHeader, head: bytes) -> None:
             f"gdOffset is {header.directory_sector}, and every writer known puts the directory at sector 4",
             "none as long as it is true",
             "the directory is where the header says",
-            at=_DIRECTORY_AT,
+            at=DIRECTORY_AT,
         )
 
 
@@ -181,12 +184,12 @@ def _report_state(subject: Subject, header: CowdHeader, head: bytes) -> None:
     if header.flags & FLAG_INCONSISTENT:
         flags = (header.flags & ~FLAG_INCONSISTENT).to_bytes(4, "little")
         what = "the header's flags mark the file as inconsistent"
-        subject.warning("inconsistent", what, effect, clear(_FLAGS_AT, flags), at=_FLAGS_AT)
-    (generation,), (saved,) = (struct.unpack_from("<I", head, at) for at in (_GENERATION_AT, _SAVED_AT))
+        subject.warning("inconsistent", what, effect, clear(FLAGS_AT, flags), at=FLAGS_AT)
+    (generation,), (saved,) = (struct.unpack_from("<I", head, at) for at in (GENERATION_AT, SAVED_AT))
     if saved and generation != saved:
         what = f"savedGeneration is {saved} and generation {generation}: a host may have crashed in between"
         data = generation.to_bytes(4, "little")
         mend: Repair | str = later
         if not subject.unmendable:
-            mend = Repair("make them equal", (subject.write(_SAVED_AT, data, Stage.FLAGS),))
-        subject.warning("generation", what, effect, mend, at=_SAVED_AT)
+            mend = Repair("make them equal", (subject.write(SAVED_AT, data, Stage.FLAGS),))
+        subject.warning("generation", what, effect, mend, at=SAVED_AT)

@@ -11,15 +11,21 @@ from typing import Final
 
 import numpy as np
 
-from nbd_vmdk.ondisk.hosted import FLAG_REDUNDANT, MAX_ENTRY, HostedHeader
+from nbd_vmdk.ondisk.hosted import (
+    FLAG_REDUNDANT,
+    FLAGS_AT,
+    GD_OFFSET_AT,
+    MAX_ENTRY,
+    RGD_OFFSET_AT,
+    HostedHeader,
+)
 from nbd_vmdk.ops.check.context import NOT_INVENTED, Space, Subject
 from nbd_vmdk.ops.check.findings import Copy, Repair, Resize, Stage
 from nbd_vmdk.ops.check.impostors import is_over, odd, over_agreed, part_of_tables
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, merged, overlapping, read_words, touching
 from nbd_vmdk.units import SECTOR, align_up, format_size
 
-_FLAGS_AT: Final = 8
-_FIELD_AT: Final = {"rgdOffset": 48, "gdOffset": 56}
+_FIELD_AT: Final = {"rgdOffset": RGD_OFFSET_AT, "gdOffset": GD_OFFSET_AT}
 #: Tables that are looked into at either end of a directory.
 _TRIED: Final = 16
 
@@ -128,7 +134,7 @@ class Directories:
             repair = Repair(f"set {name} to {found}", (write(_FIELD_AT[name], data, Stage.POINTERS),))
         elif usable and other is not None and self._leads(other) * 2 > 1:
             flags = (self.header.flags & ~FLAG_REDUNDANT).to_bytes(4, "little")
-            changes = [write(_FLAGS_AT, flags, Stage.POINTERS)]
+            changes = [write(FLAGS_AT, flags, Stage.POINTERS)]
             changes.append(write(_FIELD_AT["rgdOffset"], bytes(8), Stage.POINTERS))
             if name == "gdOffset":
                 changes.append(write(_FIELD_AT[name], other.to_bytes(8, "little"), Stage.POINTERS))

@@ -9,7 +9,7 @@ from typing import Final
 
 from nbd_vmdk.errors import BadField, VmdkError
 from nbd_vmdk.ondisk import hosted
-from nbd_vmdk.ondisk.hosted import NEWLINES, UNCLEAN_AT, HostedHeader, parse_header
+from nbd_vmdk.ondisk.hosted import GD_OFFSET_AT, NEWLINES, NEWLINES_AT, UNCLEAN_AT, HostedHeader, parse_header
 from nbd_vmdk.ondisk.stream import footer_header_offset
 from nbd_vmdk.ops.check.context import Space, Subject
 from nbd_vmdk.ops.check.directories import Directories
@@ -23,7 +23,6 @@ from nbd_vmdk.ops.check.undeclared import report_zeros
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, format_size
 
-_NEWLINES_AT: Final = 73
 _FOOTER_SEARCH: Final = MIB
 
 
@@ -65,7 +64,7 @@ def _header_anyway(subject: Subject, head: bytes, error: VmdkError) -> tuple[Hos
     label = subject.file.label
     if isinstance(error, BadField) and error.fields["field"] == "line-end check":
         try:
-            mended = head[:_NEWLINES_AT] + NEWLINES + head[_NEWLINES_AT + len(NEWLINES) :]
+            mended = head[:NEWLINES_AT] + NEWLINES + head[NEWLINES_AT + len(NEWLINES) :]
             return parse_header(mended, label), True
         except VmdkError as second:
             error = second
@@ -91,7 +90,9 @@ def check_plain(subject: Subject, header: HostedHeader) -> None:
     directories = Directories(subject, header)
     if header.directory_at_end:
         what = "gdOffset says that the directory's place is in a footer, which only compressed extents have"
-        subject.error("bad-header", what, "nothing of the extent can be read", "no footer is there", at=56)
+        subject.error(
+            "bad-header", what, "nothing of the extent can be read", "no footer is there", at=GD_OFFSET_AT
+        )
         return
     if not directories.load():
         return
@@ -169,10 +170,10 @@ def report_unused(rules: Rules, found: Survey) -> None:
 
 
 def _report_text_mode(subject: Subject, header: HostedHeader, head: bytes) -> None:
-    found = head[_NEWLINES_AT : _NEWLINES_AT + len(NEWLINES)]
+    found = head[NEWLINES_AT : NEWLINES_AT + len(NEWLINES)]
     repair: Repair | str = Repair(
         "restore the check bytes: all else that can be verified is sound",
-        (subject.write(_NEWLINES_AT, NEWLINES, Stage.FLAGS),),
+        (subject.write(NEWLINES_AT, NEWLINES, Stage.FLAGS),),
     )
     if subject.unmendable:
         repair = "the file is damaged elsewhere, too: copy it again in binary mode"
@@ -183,7 +184,7 @@ def _report_text_mode(subject: Subject, header: HostedHeader, head: bytes) -> No
         f"the header's line-end bytes are {found.hex(' ')}: a transfer in text mode changes them",
         "such a transfer damages all of the file",
         repair,
-        at=_NEWLINES_AT,
+        at=NEWLINES_AT,
     )
 
 

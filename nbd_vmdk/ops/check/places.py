@@ -5,15 +5,13 @@ from typing import Final
 
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.ondisk.descriptor import Descriptor
-from nbd_vmdk.ondisk.hosted import GD_AT_END, HostedHeader
+from nbd_vmdk.ondisk.hosted import DESCRIPTOR_OFFSET_AT, GD_AT_END, OVERHEAD_AT, HostedHeader
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.entries import Survey
 from nbd_vmdk.ops.check.findings import Repair, Resize, Stage
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR, align_up
 
-_TEXT_AT: Final = 28
-_OVERHEAD_AT: Final = 64
 #: Every writer puts the descriptor behind the header, and most keep so much room for it.
 _USUAL_TEXT: Final = 1
 _USUAL_ROOM: Final = 20
@@ -67,14 +65,14 @@ def check_text_area(subject: Subject, header: HostedHeader) -> HostedHeader:
     if usual is not None:
         words = (usual.descriptor_sector, usual.descriptor_sectors)
         data = b"".join(word.to_bytes(8, "little") for word in words)
-        write = subject.write(_TEXT_AT, data, Stage.POINTERS)
+        write = subject.write(DESCRIPTOR_OFFSET_AT, data, Stage.POINTERS)
         repair = Repair(f"say that it is at sector {words[0]}, where there is one", (write,))
     subject.error(
         "descriptor-area",
         f"the descriptor's area, sectors {header.descriptor_sector}+{header.descriptor_sectors}, {fault}",
         "readers do not find the descriptor, or a longer one destroys tables",
         repair,
-        at=_TEXT_AT,
+        at=DESCRIPTOR_OFFSET_AT,
     )
     return usual or replace(header, descriptor_sector=0, descriptor_sectors=0)
 
@@ -100,7 +98,7 @@ def report_overhead(subject: Subject, header: HostedHeader, found: Survey, front
                 "tables are cut off as well"
                 if subject.unmendable
                 else Repair("lengthen the file to there", (Resize(subject.file, overhead * SECTOR),)),
-                at=_OVERHEAD_AT,
+                at=OVERHEAD_AT,
             )
         return
     right = min(found.first, align_up(front, grain))
@@ -109,6 +107,6 @@ def report_overhead(subject: Subject, header: HostedHeader, found: Survey, front
         "bad-header",
         f"overHead is {overhead}, but grains can begin at sector {right}",
         "grains before it can't be read",
-        Repair("set overHead to where grains begin", (subject.write(_OVERHEAD_AT, data, Stage.POINTERS),)),
-        at=_OVERHEAD_AT,
+        Repair("set overHead to where grains begin", (subject.write(OVERHEAD_AT, data, Stage.POINTERS),)),
+        at=OVERHEAD_AT,
     )

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from nbd_vmdk.ondisk.hosted import GD_AT_END, MAX_ENTRY, HostedHeader
+from nbd_vmdk.ondisk.hosted import GD_AT_END, GD_OFFSET_AT, MAX_ENTRY, HostedHeader
 from nbd_vmdk.ondisk.stream import GRAIN_MARKER, MarkerType
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.entries import Rules
@@ -23,7 +23,6 @@ from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
 _MARKER: Final = struct.Struct("<QII")
-_GD_AT: Final = 56
 #: How far before the end of the file a directory's record is looked for, besides its own length.
 _SEARCH: Final = MIB
 #: Tables at either end of a directory that are looked into.
@@ -156,8 +155,8 @@ class Records:
             Resize(subject.file, begin + len(data), exact=True),
             subject.write(begin, data, Stage.TABLES),
         ]
-        if subject.storage.read(_GD_AT, 8) != GD_AT_END.to_bytes(8, "little"):
-            changes.append(subject.write(_GD_AT, place.to_bytes(8, "little"), Stage.POINTERS))
+        if subject.storage.read(GD_OFFSET_AT, 8) != GD_AT_END.to_bytes(8, "little"):
+            changes.append(subject.write(GD_OFFSET_AT, place.to_bytes(8, "little"), Stage.POINTERS))
         self._rebuilt = Repair("append tables and a directory made from the grains' records", tuple(changes))
         return self._rebuilt
 

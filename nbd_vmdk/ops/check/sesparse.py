@@ -4,16 +4,18 @@ A free bitmap and a back map repeat what the tables say, in a coding that is not
 put right here would contradict them.
 """
 
-import struct
 from typing import Final
 
 import numpy as np
 
 from nbd_vmdk.errors import Unsupported, VmdkError
 from nbd_vmdk.ondisk.sesparse import (
+    AREAS_AT,
     ENTRIES_PER_TABLE,
     ENTRY_ALLOCATED,
+    TABLE_TAG,
     SeSparseHeader,
+    areas_of,
     check_volatile,
     parse_header,
 )
@@ -22,19 +24,6 @@ from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.scan import Numbers, TableSet, read_words
 from nbd_vmdk.units import SECTOR, format_size
 
-_CONST: Final = struct.Struct("<26Q")
-_AREAS: Final = (
-    "volatileHeader",
-    "journalHeader",
-    "journal",
-    "grainDirectory",
-    "grainTables",
-    "freeBitmap",
-    "backMap",
-    "grain",
-)
-_FIRST_AREA: Final = 10
-_TABLE_TAG: Final = 0x10000000
 _WHY_NOT: Final = "the format is not known well enough to change it; convert the image, or let ESXi mend it"
 _NOTHING: Final = "nothing of the extent can be read"
 
@@ -68,17 +57,14 @@ def check_sesparse(subject: Subject) -> SeSparseHeader | None:
 
 def _check_areas(subject: Subject, head: bytes) -> bool:
     """The areas must be disjoint and in the file; that of the grains may reach further than what is used."""
-    words = _CONST.unpack_from(head)[_FIRST_AREA:]
-    areas = sorted(
-        (words[2 * at] * SECTOR, words[2 * at + 1] * SECTOR, _AREAS[at]) for at in range(len(_AREAS))
-    )
+    areas = sorted((area.at, area.length, name) for name, area in areas_of(head).items())
     sound = True
     reached, before = SECTOR, "the header"
     for at, length, name in areas:
         if at < reached or (name != "grain" and at + length > subject.storage.size):
             where = f"overlaps {before}" if at < reached else "reaches behind the end of the file"
             what = f"the area {name}, {length} bytes from {at} on, {where}"
-            subject.error("bad-header", what, _NOTHING, _WHY_NOT, at=_FIRST_AREA * 8)
+            subject.error("bad-header", what, _NOTHING, _WHY_NOT, at=AREAS_AT)
             sound = False
         reached, before = max(reached, at + length), name
     return sound
@@ -89,7 +75,7 @@ def _tables(subject: Subject, header: SeSparseHeader, entries: Numbers) -> Table
     length = ENTRIES_PER_TABLE * 8
     index = (entries & np.uint64(0xFFFFFFFF)).astype(np.int64)
     used = entries != 0
-    known = used & (entries >> np.uint64(32) == _TABLE_TAG) & ((index + 1) * length <= header.tables.length)
+    known = used & (entries >> np.uint64(32) == TABLE_TAG) & ((index + 1) * length <= header.tables.length)
     numbers = np.flatnonzero(known)
     order = np.argsort(index[numbers], kind="stable")
     again = np.zeros(len(entries), dtype=bool)

@@ -1,13 +1,8 @@
 """Entries that say "zeros" in a file whose header does not declare what that value means."""
 
-from typing import Final
-
-from nbd_vmdk.ondisk.hosted import FLAG_ZEROED_GRAINS, HostedHeader
+from nbd_vmdk.ondisk.hosted import FLAG_ZEROED_GRAINS, FLAGS_AT, VERSION_AT, HostedHeader
 from nbd_vmdk.ops.check.entries import Rules, Survey
 from nbd_vmdk.ops.check.findings import Repair, Stage
-
-_VERSION_AT: Final = 4
-_FLAGS_AT: Final = 8
 
 
 def report_zeros(rules: Rules, header: HostedHeader, found: Survey, entries: int, footer: int = 0) -> None:
@@ -19,9 +14,9 @@ def report_zeros(rules: Rules, header: HostedHeader, found: Survey, entries: int
     flags = (header.flags | FLAG_ZEROED_GRAINS).to_bytes(4, "little")
     changes = []
     for at in (0, footer) if footer else (0,):
-        changes.append(subject.write(at + _FLAGS_AT, flags, Stage.POINTERS))
+        changes.append(subject.write(at + FLAGS_AT, flags, Stage.POINTERS))
         if header.version < 2:
-            changes.append(subject.write(at + _VERSION_AT, (2).to_bytes(4, "little"), Stage.POINTERS))
+            changes.append(subject.write(at + VERSION_AT, (2).to_bytes(4, "little"), Stage.POINTERS))
     subject.warning(
         "undeclared-zeros",
         f"{found.zeros} entries say that a grain is zeros, in a file whose header does not declare that",
