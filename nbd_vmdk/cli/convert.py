@@ -129,6 +129,10 @@ def convert(
         made = run(source, target, kind=kind, create=create, work=work, **options)
     for note in made.notes:
         output.message("note", note)
+    if reflink and made.data and not made.shared:
+        output.message(
+            "note", "no blocks could be shared: it takes a raw or flat DST on XFS, btrfs or the like"
+        )
     for warning in made.warnings:
         output.log.warning("%s", warning)
     if as_json:
