@@ -8,7 +8,7 @@ one that is.  Every file that a descriptor names is opened through the folder's 
 import re
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.errors import BadDescriptor, InUse, NotVmdk, Unsupported, VmdkError
+from nbd_vmdk.errors import BadDescriptor, NotVmdk, Unsupported, VmdkError
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.flat import FlatExtent, refuse_shared
 from nbd_vmdk.extents.hosted import HostedExtent
@@ -25,7 +25,7 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.refusal import advise, not_the_disk, refusal
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.locks import vmware_lock
+from nbd_vmdk.storage.locks import check_vmware_lock
 from nbd_vmdk.units import SECTOR
 
 __all__ = ["open_link", "own_line"]
@@ -43,8 +43,8 @@ def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, 
     if writable and folder.read_only is not None:
         opening.warnings.append(f"{folder.label(name)}: {folder.read_only}")
     try:
-        if opening.writable and (held := vmware_lock(folder, last_component(name))):
-            raise InUse(folder.label(name), how=held)
+        if opening.writable:
+            check_vmware_lock(folder, last_component(name), folder.label(name))
         link = _open(opening, name)
         link.warnings.extend(opening.lock())
     except VmdkError as error:

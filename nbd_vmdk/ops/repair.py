@@ -25,7 +25,7 @@ from nbd_vmdk.ops.undo import Undo, undo_path, write_undo
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.storage.locks import vmware_lock
+from nbd_vmdk.storage.locks import check_vmware_lock
 from nbd_vmdk.units import MIB
 from nbd_vmdk.vm import locate
 
@@ -180,8 +180,7 @@ def _opened(path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Fold
 
 def _lock(held: ExitStack, folder: Folder, name: str, files: Sequence[ImageFile]) -> dict[ImageFile, Storage]:
     """Open all files of the image for writing, and keep everybody else from that."""
-    if vmware := vmware_lock(folder, last_component(name)):
-        raise InUse(folder.label(name), how=vmware)
+    check_vmware_lock(folder, last_component(name), folder.label(name))
     return {file: _lock_one(held, file.folder, name, file) for file in files}
 
 

@@ -94,6 +94,13 @@ def vmware_lock(folder: Folder, name: str) -> str | None:
     return f"VMware's lock {lock} is there" if held else None
 
 
+def check_vmware_lock(folder: Folder, name: str, label: str) -> None:
+    """Raise InUse, of ``label``, if a VMware product has the disk ``name`` open."""
+    if held := vmware_lock(folder, name):
+        hint = f"close the machine in VMware; if none runs, its host crashed, and {label}.lck can be removed"
+        raise InUse(label, how=held, hint=hint)
+
+
 def _take(fd: int, wanted: tuple[int, ...]) -> str | None:
     """Hold ``wanted``; what another holder that opposes is doing, or None."""
     for byte in wanted:

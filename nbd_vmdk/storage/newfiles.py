@@ -35,7 +35,7 @@ from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteR
 from nbd_vmdk.storage.leftovers import OLD, lock_folder, sweep, sweep_empty
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.locks import vmware_lock
+from nbd_vmdk.storage.locks import check_vmware_lock
 from nbd_vmdk.storage.moving import NOT_KNOWN, identity_of, lstat, move_only
 from nbd_vmdk.units import SECTOR
 
@@ -138,8 +138,7 @@ class NewFiles:
             raise StorageError.of(error, path, "open, to see whether it is in use,") from error
         file = self._locked[name] = LocalFile(fd, path, writable=False)
         try:
-            if how := vmware_lock(*LocalFolder.for_image(self._label(name))):
-                raise InUse(path, how=how)
+            check_vmware_lock(*LocalFolder.for_image(self._label(name)), path)
             file.lock(writable=True)
         except InUse as error:
             error.hint = "stop the other user first, or choose another name"

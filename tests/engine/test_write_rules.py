@@ -728,6 +728,8 @@ def test_vmware_lock(tmp_path: Any) -> None:
     (lock / "M1.lck").write_bytes(b"x")
     error = refused(image.path, InUse, writable=True)
     assert "top.vmdk.lck" in str(error)
+    assert error.hint is not None
+    assert error.hint.endswith("top.vmdk.lck can be removed")
     open_disk(image.path).close()
 
 

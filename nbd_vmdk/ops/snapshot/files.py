@@ -21,7 +21,7 @@ from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.storage.locks import vmware_lock
+from nbd_vmdk.storage.locks import check_vmware_lock
 from nbd_vmdk.units import MIB
 from nbd_vmdk.vm import container_of, leads_to_disks, locate
 
@@ -146,8 +146,7 @@ def hold(held: ExitStack, link: LinkFile) -> DescriptorFile:
     Raises InUse, also if it is no longer what it was when it was looked at.
     """
     with writable_wanted():
-        if vmware := vmware_lock(link.folder, link.name):
-            raise InUse(link.label, how=vmware)
+        check_vmware_lock(link.folder, link.name, link.label)
         file = held.enter_context(DescriptorFile.open(link.folder, link.name))
     if file.descriptor.to_bytes() != link.descriptor.to_bytes():
         raise InUse(link.label, how="it has just been changed", hint="try again")
