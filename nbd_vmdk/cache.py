@@ -5,17 +5,45 @@ budget it becomes the old one and the old one is forgotten.  A hit in the old ge
 to the young one.  So a hit in the young generation, nearly every one, is a single dict lookup with no
 bookkeeping and no lock, which the 4 KiB read path needs.
 
+Whoever keeps something has a part of the cache to himself, with keys of his own.  The budget and the turn of
+generations are common to all parts.
+
 Values are immutable for readers: whoever wants to change a table takes it out first (see pages.py).
 """
 
-import itertools
 import threading
 from array import array
+from typing import TypeAlias
 
 #: What an entry costs beside its bytes: the dict slot, the key and the object's head, roughly.
 _OVERHEAD = 200
-#: Keys of one owner are consecutive from its base; 2**48 of them are more than any table has.
-_NAMESPACE_BITS = 48
+
+Value: TypeAlias = "array[int] | bytes | bytearray"
+Generation: TypeAlias = "dict[int, Value]"
+
+
+class Part:
+    """What one owner keeps in a cache."""
+
+    __slots__ = ("_cache", "old", "young")
+
+    def __init__(self, cache: "Cache") -> None:
+        self._cache = cache
+        #: Read directly on the hot path; replaced as a whole when a generation ends.
+        self.young: Generation = cache.generation()
+        self.old: Generation = {}
+
+    def get(self, key: int) -> "Value | None":
+        """The value kept under ``key``, or None."""
+        return self._cache.get(self, key)
+
+    def put(self, key: int, value: Value, *, shared: bool = False) -> None:
+        """Keep ``value``; ``shared`` says that its bytes belong to nobody (an empty table)."""
+        self._cache.put(self, key, value, shared=shared)
+
+    def drop(self, key: int) -> None:
+        """Forget ``key``."""
+        self._cache.drop(self, key)
 
 
 class Cache:
@@ -24,51 +52,64 @@ class Cache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._half = max(budget // 2, 1)
-        #: Read directly on the hot path; replaced as a whole when a generation ends.
-        self.young: dict[int, array[int] | bytes | bytearray] = {}
-        self._old: dict[int, array[int] | bytes | bytearray] = {}
         self._young_bytes = 0
+        #: The parts that have something in the young generation, and in the old one.
+        self._young: set[Part] = set()
+        self._old: set[Part] = set()
         self._lock = threading.Lock()
-        self._namespaces = itertools.count(1)
 
-    def namespace(self) -> int:
-        """A base for the keys of one owner: its keys are base + 0, base + 1, ..."""
-        return next(self._namespaces) << _NAMESPACE_BITS
+    def part(self) -> Part:
+        """A part for a new owner."""
+        return Part(self)
 
-    def get(self, key: int) -> "array[int] | bytes | bytearray | None":
-        """The value kept under ``key``, or None."""
-        value = self.young.get(key)
-        if value is None and (value := self._old.get(key)) is not None:
+    def generation(self) -> Generation:
+        """What a part's young generation begins as."""
+        return {}
+
+    def get(self, part: Part, key: int) -> "Value | None":
+        """See Part."""
+        value = part.young.get(key)
+        if value is None and (value := part.old.get(key)) is not None:
             with self._lock:
                 # It may have been dropped since, and a newer table may be in its place.
-                if self._old.get(key) is value:
-                    self._keep(key, value, _OVERHEAD + _bytes_of(value))
+                if part.old.get(key) is value:
+                    self._keep(part, key, value, _OVERHEAD + _bytes_of(value))
         return value
 
-    def put(self, key: int, value: "array[int] | bytes | bytearray", *, shared: bool = False) -> None:
-        """Keep ``value``; ``shared`` says that its bytes belong to nobody (an empty table)."""
+    def put(self, part: Part, key: int, value: Value, *, shared: bool) -> None:
+        """See Part."""
         cost = _OVERHEAD if shared else _OVERHEAD + _bytes_of(value)
         if cost > self._half:
             return  # it would push everything else out
         with self._lock:
-            self._keep(key, value, cost)
+            self._keep(part, key, value, cost)
 
-    def _keep(self, key: int, value: "array[int] | bytes | bytearray", cost: int) -> None:
-        if key not in self.young:
+    def _keep(self, part: Part, key: int, value: Value, cost: int) -> None:
+        if key not in part.young:
             self._young_bytes += cost
-        self.young[key] = value
-        self._old.pop(key, None)
+        part.young[key] = value
+        part.old.pop(key, None)
+        self._young.add(part)
         if self._young_bytes > self._half:
-            self._old = self.young
-            self.young = {}
-            self._young_bytes = 0
+            self._turn()
 
-    def drop(self, key: int) -> None:
-        """Forget ``key``."""
+    def _turn(self) -> None:
+        """End the young generation."""
+        for part in self._old - self._young:
+            part.old = {}
+        for part in self._young:
+            # In this order: a reader who looks meanwhile finds what he looks for in one of them.
+            part.old = part.young
+            part.young = self.generation()
+        self._old, self._young = self._young, set()
+        self._young_bytes = 0
+
+    def drop(self, part: Part, key: int) -> None:
+        """See Part."""
         with self._lock:
-            self.young.pop(key, None)
-            self._old.pop(key, None)
+            part.young.pop(key, None)
+            part.old.pop(key, None)
 
 
-def _bytes_of(value: "array[int] | bytes | bytearray") -> int:
+def _bytes_of(value: Value) -> int:
     return len(value) * value.itemsize if isinstance(value, array) else len(value)

@@ -79,7 +79,8 @@ class Pages:
     ) -> None:
         self.storage = storage
         self.cache = cache
-        self.key = cache.namespace()
+        #: The pages that can be read again.
+        self.clean = cache.part()
         self.per_page = per_page
         self._total = total
         self._width = width
@@ -102,8 +103,7 @@ class Pages:
 
     def get(self, page: int) -> "array[int] | None":
         """The page for looking up, or None if it does not exist."""
-        key = self.key + page
-        found = self.pinned.get(page) or self.cache.young.get(key) or self.cache.get(key)
+        found = self.pinned.get(page) or self.clean.young.get(page) or self.clean.get(page)
         if found is None:
             with self.lock(page):
                 return self.load(page)
@@ -112,8 +112,7 @@ class Pages:
 
     def load(self, page: int) -> "array[int] | None":
         """Find or read a page for looking at it; the caller holds its lock."""
-        key = self.key + page
-        found = self.pinned.get(page) or self.cache.young.get(key) or self.cache.get(key)
+        found = self.pinned.get(page) or self.clean.young.get(page) or self.clean.get(page)
         if found is not None:
             assert isinstance(found, array)
             return found
@@ -123,12 +122,12 @@ class Pages:
         count = min(self.per_page, self._total - page * self.per_page)
         raw = self.storage.read(places[0], count * self._width)
         if raw == self._zeros:
-            self.cache.put(self.key + page, self.empty, shared=True)
+            self.clean.put(page, self.empty, shared=True)
             return self.empty
         table = array(self._typecode, raw)
         if _BIG_ENDIAN:
             table.byteswap()
-        self.cache.put(self.key + page, table)
+        self.clean.put(page, table)
         return table
 
     def pin(self, page: int) -> "array[int]":
@@ -140,7 +139,7 @@ class Pages:
             if table is self.empty:
                 table = array(self._typecode, table)
             self.pinned[page] = table
-            self.cache.drop(self.key + page)
+            self.clean.drop(page)
         return table
 
     def create(self, page: int) -> "array[int]":
@@ -185,5 +184,5 @@ class Pages:
                 if not durable:
                     self._dirty.add(dirty.page)
                 elif dirty.page not in self._dirty:
-                    self.cache.put(self.key + dirty.page, self.pinned[dirty.page])
+                    self.clean.put(dirty.page, self.pinned[dirty.page])
                     del self.pinned[dirty.page]

@@ -48,8 +48,7 @@ class Shortcuts:
     def __init__(self, links: Sequence[Link], first: int, cache: Cache) -> None:
         self.first = first
         self._links = links
-        self._cache = cache
-        self._key = cache.namespace()
+        self._pages = cache.part()
         self._size = links[0].size
         #: The sources that places are in, each with the depth of its link, and their numbers.
         self._sources: list[Source | None] = [None]  # number 0 is not used
@@ -60,7 +59,7 @@ class Shortcuts:
     def find(self, offset: int, length: int) -> Mapping | None:
         """What backs a range that is known to lie in one piece in a file; None says nothing."""
         unit = offset >> _UNIT_BITS
-        page = self._cache.young.get(self._key + (unit >> _PAGE_BITS))
+        page = self._pages.young.get(unit >> _PAGE_BITS)
         if page is None:
             return None
         found = page[unit & _SLOT]
@@ -82,11 +81,11 @@ class Shortcuts:
         return depth, min(length, ((unit + 1) << _UNIT_BITS) - offset)
 
     def _depth(self, unit: int) -> int:
-        key = self._key + (unit >> _PAGE_BITS)
-        page = self._cache.young.get(key) or self._cache.get(key)
+        number = unit >> _PAGE_BITS
+        page = self._pages.young.get(number) or self._pages.get(number)
         if page is None:
             page = array("Q", bytes(8 << _PAGE_BITS))
-            self._cache.put(key, page)
+            self._pages.put(number, page)
         assert isinstance(page, array)
         slot = unit & _SLOT
         if not page[slot]:

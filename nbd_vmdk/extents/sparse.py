@@ -55,8 +55,7 @@ class SparseExtent(Extent):
         self.grain = grain
         self._tables = tables
         self._empty_from = empty_from
-        self._cache = tables.cache
-        self._key = tables.key
+        self._clean = tables.clean
         self._pinned = tables.pinned
         self._entries = tables.per_page
         self._lowest = lowest
@@ -73,7 +72,7 @@ class SparseExtent(Extent):
         within = offset - index * grain
         number = index // self._entries
         slot = index - number * self._entries
-        table = self._pinned.get(number) or self._cache.young.get(self._key + number)
+        table = self._pinned.get(number) or self._clean.young.get(number)
         if table is None:
             table = self._tables.get(number)
             if table is None:

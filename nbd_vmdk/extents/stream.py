@@ -68,8 +68,7 @@ class Inflater:
         self._storage = storage
         self._header = header
         self._tables = tables
-        self._cache = cache
-        self._key = cache.namespace()
+        self._grains = cache.part()
         self._size = size
         self._grain = header.grain
         self._grain_sectors = header.grain_sectors
@@ -102,8 +101,7 @@ class Inflater:
             within = 0
 
     def _read_grain(self, buf: memoryview, index: int, within: int, *, keep: bool) -> None:
-        key = self._key + index
-        known = self._cache.young.get(key) or self._cache.get(key)
+        known = self._grains.young.get(index) or self._grains.get(index)
         if isinstance(known, array):
             read_stored(self._storage, known, buf, within)
             return
@@ -116,7 +114,7 @@ class Inflater:
     def advise(self, at: int, length: int) -> None:
         """Bring the grains that hold these bytes into the cache."""
         for index in range(at // self._grain, -(-(at + length) // self._grain)):
-            known = self._cache.get(self._key + index)
+            known = self._grains.get(index)
             if known is None:
                 self._learn(index, keep=True)
             elif isinstance(known, array):
@@ -132,17 +130,17 @@ class Inflater:
         following = table[slot + 1] if slot + 1 < len(table) else 0
         stream, place, plain = self._inflated(index, sector * SECTOR, (following - sector) * SECTOR)
         if keep:
-            self._keep(self._key + index, plain, stream, place)
+            self._keep(index, plain, stream, place)
         return plain
 
-    def _keep(self, key: int, plain: bytes | bytearray, stream: memoryview, place: int) -> None:
+    def _keep(self, index: int, plain: bytes | bytearray, stream: memoryview, place: int) -> None:
         if self._direct and self._room <= 0:
             layout = layout_of(stream, place, self._grain)
             if layout is not None:
-                self._cache.put(key, layout)
+                self._grains.put(index, layout)
                 return
         self._room -= 1
-        self._cache.put(key, plain)
+        self._grains.put(index, plain)
 
     def _inflated(self, index: int, at: int, likely: int) -> tuple[memoryview, int, bytes | bytearray]:
         """The grain whose record starts at ``at`` and probably is ``likely`` bytes long.

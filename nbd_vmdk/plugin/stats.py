@@ -18,9 +18,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-from nbd_vmdk.cache import Cache
+from nbd_vmdk.cache import Cache, Generation, Part, Value
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import StorageError, VmdkError
 
@@ -30,9 +30,6 @@ KINDS = ("read", "write", "zero", "trim", "flush", "cache", "extents")
 STEPS = 25
 #: Seconds that one who asks may take to listen.
 _PATIENCE = 5.0
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class Counters:
@@ -155,12 +152,15 @@ class CountedDisk:
         return found
 
 
-class _CountedDict(dict[K, V]):
-    """A young generation that tells when something is found in it."""
+class _CountedGeneration(dict[int, "Value"]):
+    """A part's young generation that tells when something is found in it."""
 
-    cache: "CountedCache | None" = None
+    def __init__(self, cache: "CountedCache") -> None:
+        super().__init__()
+        #: None once it is the old one: what is found there then, the cache's get() finds.
+        self.cache: CountedCache | None = cache
 
-    def get(self, key: K, default: Any = None) -> Any:
+    def get(self, key: int, default: Any = None) -> Any:
         found = super().get(key, default)
         if found is not None and self.cache is not None:
             self.cache.hit()
@@ -177,28 +177,26 @@ class CountedCache(Cache):
     def __init__(self, budget: int) -> None:
         self.hits = self.misses = 0
         self._counting = threading.Lock()
-        self._generation: _CountedDict[int, Any] = _CountedDict()
         super().__init__(budget)
 
-    @property
-    def young(self) -> dict[int, Any]:
-        """The young generation."""
-        return self._generation
+    def generation(self) -> Generation:
+        """See Cache."""
+        return _CountedGeneration(self)
 
-    @young.setter
-    def young(self, generation: dict[int, Any]) -> None:
-        self._generation.cache = None  # what is found there from now on, get() finds
-        self._generation = _CountedDict(generation)
-        self._generation.cache = self
+    def _turn(self) -> None:
+        for part in self._young:
+            assert isinstance(part.young, _CountedGeneration)
+            part.young.cache = None
+        super()._turn()
 
     def hit(self) -> None:
         """Count what was found."""
         with self._counting:
             self.hits += 1
 
-    def get(self, key: int) -> Any:
+    def get(self, part: Part, key: int) -> "Value | None":
         """See Cache."""
-        found = super().get(key)
+        found = super().get(part, key)
         if found is None:
             with self._counting:
                 self.misses += 1

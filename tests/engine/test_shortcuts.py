@@ -104,7 +104,7 @@ def test_a_group_is_found_as_its_units_are(
             assert disk._shortcuts is not None
             for at in range(0, size, 64 * KIB):
                 disk._shortcuts.reach(at, 1)
-            (page,) = [each for each in disk._cache.young.values() if getattr(each, "typecode", "") == "Q"]
+            (page,) = disk._shortcuts._pages.young.values()
             assert disk.pread(size, 0) == image.visible.read(0, size)
             return list(page)
 
