@@ -84,9 +84,13 @@ class Disk:
         self._committer = Committer(self._members, top.change_cid)
         self._close_lock = threading.Lock()
         self._closed = False
+        #: As read_into, once; asks the one who answers most requests first.
+        shortcuts = self._shortcuts
+        first_asked = top if shortcuts is None or shortcuts.first else shortcuts
+        self._read_once = first_asked.reader(self._read_mapped)
         #: Fills a memoryview of bytes with the disk's from an offset on.  It is cut in pieces, which of
         #: other buffers would be copies: those are for pread_into.
-        self.read_into = self._read_shared if self.writable else self._read_alone
+        self.read_into = self._read_shared if self.writable else self._read_once
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -154,11 +158,12 @@ class Disk:
         """
         while True:
             releases = self._committer.releases
-            self._read_alone(buf, offset)
+            self._read_once(buf, offset)
             if self._committer.releases == releases:
                 return
 
-    def _read_alone(self, buf: memoryview, offset: int) -> None:
+    def _read_mapped(self, buf: memoryview, offset: int) -> None:
+        """Read what nobody could at once, see Extent.reader."""
         length = len(buf)
         if offset < 0 or offset + length > self.size:
             self._check(offset, length)

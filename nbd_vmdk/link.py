@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nbd_vmdk.errors import WriteRefused
-from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, Reader, WritableExtent
 from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
@@ -107,6 +107,26 @@ class Link:
         entry = self.extents[index]
         within = offset - entry.start
         return entry.extent.map(within, min(length, entry.extent.size - within))
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """A function that reads at once what one extent can, and leaves the rest; see Extent.reader."""
+        if len(self.extents) == 1:
+            return self.extents[0].extent.reader(otherwise)
+        starts = self._starts
+        # A disk of 2 TiB has a thousand extents, few of which may ever be read.
+        readers: list[Reader | None] = [None] * len(starts)
+
+        def read(buf: memoryview, offset: int) -> None:
+            index = bisect_right(starts, offset) - 1
+            start = starts[index]
+            inside = readers[index]
+            if inside is None:
+                inside = readers[index] = self.extents[index].extent.reader(
+                    lambda buf, within: otherwise(buf, start + within)
+                )
+            inside(buf, offset - start)
+
+        return read
 
     def runs(self, offset: int, length: int) -> Iterator[Mapping]:
         """What backs a range, in full detail; see Extent.runs."""

@@ -83,7 +83,7 @@ class Pages:
         self.clean = cache.part()
         self.per_page = per_page
         self._total = total
-        self._width = width
+        self.width = width
         self._typecode = _TYPECODES[width]
         self._locate = locate
         #: Memory that a pinned page takes and the shared cache can't take back.
@@ -120,7 +120,7 @@ class Pages:
         if places is None:
             return None
         count = min(self.per_page, self._total - page * self.per_page)
-        raw = self.storage.read(places[0], count * self._width)
+        raw = self.storage.read(places[0], count * self.width)
         if raw == self._zeros:
             self.clean.put(page, self.empty, shared=True)
             return self.empty

@@ -51,6 +51,9 @@ Mapping = tuple[Kind, int, Source | None, int]
 #: changes.  Nothing is what reads as zeros.
 Edges = tuple[list[int], bool]
 
+#: Fills a buffer with the bytes of an extent, a link or a disk from an offset on, or raises.
+Reader = Callable[[memoryview, int], None]
+
 #: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
 Below = Callable[[memoryview, int], None]
 
@@ -94,6 +97,15 @@ class Extent(ABC):
         1 says nothing; it is for those who look for holes in bulk, and ask :meth:`map` where there is none.
         """
         return b"\1" * -(-length // unit)
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """A function that reads at once what takes no more than a look and a call of the kernel.
+
+        Nearly every small request is of that sort, and a step through each layer would cost it more than the
+        look.  All else it leaves to ``otherwise``: ranges in several pieces, tables that are not in memory,
+        ranges outside the extent, and every error, which is met there again and told.
+        """
+        return otherwise
 
     def close(self) -> None:
         """Let go of the file."""

@@ -1,10 +1,12 @@
 """Extents without tables: FLAT and VMFS (a piece of a file or device), ZERO, and what can't be read."""
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 
 from nbd_vmdk.errors import Unreadable, WriteRefused
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, WritableExtent
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, Reader, WritableExtent
 from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.local import LocalFile
 
 
 class FlatExtent(WritableExtent):
@@ -28,6 +30,25 @@ class FlatExtent(WritableExtent):
         for count, is_data in self.storage.segments(at, length):
             yield (Kind.DATA, count, self.storage, at) if is_data else (Kind.ZERO, count, None, 0)
             at += count
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """See Extent: any range, in a file of this machine."""
+        if type(self.storage) is not LocalFile:
+            return otherwise
+        file, start, size = self.storage, self.start, self.size
+        preadv = os.preadv
+
+        def read(buf: memoryview, offset: int) -> None:
+            length = len(buf)
+            if 0 <= offset <= size - length:
+                try:
+                    if preadv(file.fd, (buf,), start + offset) == length:
+                        return
+                except (OSError, OverflowError):
+                    pass
+            otherwise(buf, offset)
+
+        return read
 
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """See WritableExtent."""

@@ -8,6 +8,7 @@ Threads: mapping takes no lock.  An entry is set after the grain's bytes are in 
 old state or the new one, never a grain half filled.
 """
 
+import os
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from operator import ne
 from typing import Final
 
 from nbd_vmdk.errors import BadField, FormatError
-from nbd_vmdk.extents.base import Edges, Extent, Kind, Mapping
+from nbd_vmdk.extents.base import Edges, Extent, Kind, Mapping, Reader
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.units import SECTOR
 
 #: Looking a member of an enum up takes as long as a step of arithmetic, and each request does it.
@@ -88,6 +90,39 @@ class SparseExtent(Extent):
         if kind is _DATA:
             return kind, length, self.storage, at + within
         return kind, length, None, 0
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """See Extent: what lies in one grain, in a file of this machine, by a table that is in memory."""
+        # A subclass may read in another way.
+        if type(self.storage) is not LocalFile or self._lowest.bit_length() > 8 * self._tables.width:
+            return otherwise
+        file, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
+        clean, pinned = self._clean, self._pinned
+        # Grains and tables hold powers of two: what has others was refused.
+        grain_bits = grain.bit_length() - 1
+        table_bits = grain_bits + self._entries.bit_length() - 1
+        in_grain, in_table = grain - 1, self._entries - 1
+        preadv = os.preadv
+
+        def read(buf: memoryview, offset: int) -> None:
+            length = len(buf)
+            number = offset >> table_bits
+            # A table on its way from one to the other is in both.
+            table = clean.young.get(number)
+            if table is None:
+                table = pinned.get(number)
+            if table is not None and offset + length <= size:
+                entry = table[offset >> grain_bits & in_table]
+                within = offset & in_grain
+                if entry >= lowest and within + length <= grain:
+                    try:
+                        if preadv(file.fd, (buf,), entry * SECTOR + within) == length:
+                            return
+                    except OSError:
+                        pass
+            otherwise(buf, offset)
+
+        return read
 
     def _following(
         self, table: "array[int] | bytes | bytearray", slot: int, entry: int, kind: Kind, length: int

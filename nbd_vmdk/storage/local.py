@@ -56,7 +56,8 @@ class LocalFile(Storage):
     """
 
     def __init__(self, fd: int, name: str, *, writable: bool, is_device: bool = False) -> None:
-        self._fd = fd
+        #: The descriptor; a number that no file has once it is closed.
+        self.fd = fd
         self.name = name
         self.writable = writable
         self.is_device = is_device
@@ -73,7 +74,7 @@ class LocalFile(Storage):
         if self.is_device:
             return self._device_size
         try:
-            return os.fstat(self._fd).st_size
+            return os.fstat(self.fd).st_size
         except OSError as error:
             raise StorageError.of(error, self.name, "size") from error
 
@@ -86,13 +87,13 @@ class LocalFile(Storage):
         if self.is_device:
             return self._device_size
         try:
-            return os.fstat(self._fd).st_blocks * SECTOR  # POSIX leaves the unit open; Linux says 512
+            return os.fstat(self.fd).st_blocks * SECTOR  # POSIX leaves the unit open; Linux says 512
         except OSError as error:
             raise StorageError.of(error, self.name, "size") from error
 
     def read_into(self, buf: memoryview, at: int) -> None:
         try:
-            got = os.preadv(self._fd, (buf,), at)
+            got = os.preadv(self.fd, (buf,), at)
             if got != buf.nbytes:
                 self._read_rest(buf, at, got)
         except OSError as error:
@@ -104,7 +105,7 @@ class LocalFile(Storage):
         # The kernel moves at most 2 GiB at a time, and network file systems less when they please.
         view = buf.cast("B")
         while done < len(view):
-            got = os.preadv(self._fd, (view[done:],), at + done)
+            got = os.preadv(self.fd, (view[done:],), at + done)
             if got == 0:
                 raise Truncated(self.name, what="a read", need=at + len(view), have=self.size)
             done += got
@@ -113,7 +114,7 @@ class LocalFile(Storage):
         if length > MIB and at + length > self.size:  # memory is not taken for what can't be there
             raise Truncated(self.name, what="a read", need=at + length, have=self.size)
         try:
-            data = os.pread(self._fd, length, at)
+            data = os.pread(self.fd, length, at)
         except OSError as error:
             raise StorageError.of(error, self.name, f"read at byte {at}") from error
         except OverflowError as error:
@@ -124,7 +125,7 @@ class LocalFile(Storage):
         if not self.writable:
             super().write(buf, at)
         try:
-            done = os.pwrite(self._fd, buf, at)
+            done = os.pwrite(self.fd, buf, at)
             if done != len(buf):
                 with memoryview(buf) as view:
                     self._write_rest(view.cast("B"), at, done)
@@ -137,7 +138,7 @@ class LocalFile(Storage):
 
     def _write_rest(self, view: memoryview, at: int, done: int) -> None:
         while done < len(view):
-            put = os.pwrite(self._fd, view[done:], at + done)
+            put = os.pwrite(self.fd, view[done:], at + done)
             if put == 0:
                 raise OSError(errno.EIO, "nothing was written")
             done += put
@@ -150,7 +151,7 @@ class LocalFile(Storage):
         """
         start, self._sent = self._sent, end
         call = _libc_sync_file_range()
-        if call is None or call(self._fd, start, end - start, _START_WRITING) != 0:
+        if call is None or call(self.fd, start, end - start, _START_WRITING) != 0:
             self.write_behind = False
 
     def zero(self, at: int, length: int) -> None:
@@ -170,7 +171,7 @@ class LocalFile(Storage):
         if not isinstance(other, LocalFile) or self.is_device or not self.writable:
             return False
         try:
-            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE_RANGE.pack(other._fd, at, length, to))  # noqa: SLF001  of its class
+            fcntl.ioctl(self.fd, _FICLONERANGE, _CLONE_RANGE.pack(other.fd, at, length, to))
         except (OSError, struct.error):
             return False
         return True
@@ -187,7 +188,7 @@ class LocalFile(Storage):
 
     def _try_out(self) -> None:
         try:
-            beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
+            beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
             fd = os.open(beside, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             # What has no files without names has no ranges of zeros either, SMB apart: NFS, FAT.
@@ -212,7 +213,7 @@ class LocalFile(Storage):
         if not self._can[mode]:
             return False
         call = _libc_fallocate()
-        while call(self._fd, mode | _KEEP_SIZE, at, length) != 0:
+        while call(self.fd, mode | _KEEP_SIZE, at, length) != 0:
             number = ctypes.get_errno()
             if number in _NEVER:
                 self._can[mode] = False
@@ -237,7 +238,7 @@ class LocalFile(Storage):
         if not self.writable:
             super().truncate(size)
         try:
-            os.ftruncate(self._fd, size)
+            os.ftruncate(self.fd, size)
         except OSError as error:
             raise StorageError.of(error, self.name, f"change the size to {size}") from error
         except OverflowError as error:
@@ -249,7 +250,7 @@ class LocalFile(Storage):
         if self.fleeting:
             return
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self.fd)
         except OSError as error:
             raise StorageError.of(error, self.name, "sync") from error
 
@@ -257,7 +258,7 @@ class LocalFile(Storage):
         if length <= 0:  # to the kernel 0 means everything
             return
         try:
-            os.posix_fadvise(self._fd, at, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.fd, at, length, os.POSIX_FADV_WILLNEED)
         except (OSError, OverflowError):
             pass  # a hint; the read will tell what is wrong
 
@@ -274,10 +275,10 @@ class LocalFile(Storage):
 
     def _segment(self, at: int, stop: int) -> tuple[int, bool] | None:
         try:
-            data = os.lseek(self._fd, at, os.SEEK_DATA)
+            data = os.lseek(self.fd, at, os.SEEK_DATA)
             if data > at:
                 return min(data, stop) - at, False
-            hole = os.lseek(self._fd, at, os.SEEK_HOLE)
+            hole = os.lseek(self.fd, at, os.SEEK_HOLE)
         except OverflowError:
             return None
         except OSError as error:
@@ -287,13 +288,13 @@ class LocalFile(Storage):
         return (min(hole, stop) - at, True) if hole > at else None
 
     def lock(self, writable: bool) -> str | None:
-        return locks.acquire(self._fd, self.name, writable)
+        return locks.acquire(self.fd, self.name, writable)
 
     def writer(self) -> str | None:
-        return locks.probe(self._fd)
+        return locks.probe(self.fd)
 
     def close(self) -> None:
-        fd, self._fd = self._fd, _CLOSED
+        fd, self.fd = self.fd, _CLOSED
         if fd != _CLOSED:
             os.close(fd)
 

@@ -112,10 +112,10 @@ def test_failing_reads_and_writes_are_told_and_no_more(
 
         return call
 
+    for name in real:
+        monkeypatch.setattr(os, name, wrapped(name))
     with open_disk(case.path, writable=True) as disk:
         before = disk.pread(disk.size, 0)
-        for name in real:
-            monkeypatch.setattr(os, name, wrapped(name))
         broken = "pwrite"
         assert code_of(lambda: disk.pwrite(b"x" * GRAIN, MIB)) == errno.EIO
         same(disk.pread(disk.size, 0), before)

@@ -130,8 +130,8 @@ def test_writing(folder: LocalFolder) -> None:
 
 def test_an_opened_file_blocks_as_usual_and_is_not_inherited(folder: LocalFolder) -> None:
     file = folder.open("part.vmdk")
-    assert os.get_blocking(file._fd)
-    assert not os.get_inheritable(file._fd)
+    assert os.get_blocking(file.fd)
+    assert not os.get_inheritable(file.fd)
     file.close()
 
 

@@ -176,7 +176,7 @@ def test_a_lock_goes_with_an_inherited_descriptor(image: Path, opened: Callable[
     file = opened()
     file.lock(True)
     # As the server that goes on in the background after its parent has ended.
-    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[file._fd])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[file.fd])
     file.close()
     assert held(image) == WRITER
     child.communicate()
