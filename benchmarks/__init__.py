@@ -5,7 +5,9 @@ What is compared:
 - ours: nbdkit with ``plugin.py``, started as ``nbd-vmdk serve`` starts it;
 - qemu-nbd on the same image, with ``--aio=threads`` and with ``--aio=io_uring``.  "qemu-nbd" in a ratio is
   whichever of the two is better at that workload;
-- ``nbdkit file`` on the same data in a raw file: the limit of what any nbdkit plugin can do.
+- ``nbdkit file`` on the same data in a raw file: the limit of what any nbdkit plugin can do;
+- the least that a plugin in Python can do, one system call a request on that raw file: what separates it from
+  ``nbdkit file`` is Python's part of the distance, and what separates ours from it is our own.
 
 How a number comes about.  A *workload* (workloads.py) is one image, one client and one pattern.  In each
 *round* every server runs each workload once, in an order that rotates, so that whatever else the machine does

@@ -87,11 +87,17 @@ def _file(path: str, writable: bool, _tuning: Tuning) -> list[str]:
     return [*_nbdkit(writable), "file", path]
 
 
+def _least(path: str, writable: bool, tuning: Tuning) -> list[str]:
+    options = _nbdkit(writable, "-t", str(tuning.threads))
+    return [*options, "python", f"{HERE}/plugins/least.py", f"file={path}"]
+
+
 def _empty(_path: str, _writable: bool, tuning: Tuning) -> list[str]:
     return [*_nbdkit(False, "-t", str(tuning.threads)), "python", f"{HERE}/plugins/empty.py"]
 
 
-OURS, THREADS, URING, RAW, EMPTY = "ours", "qemu-threads", "qemu-uring", "raw", "empty"
+OURS, THREADS, URING = "ours", "qemu-threads", "qemu-uring"
+RAW, LEAST, EMPTY = "raw", "least", "empty"
 
 KINDS = {
     kind.name: kind
@@ -100,6 +106,7 @@ KINDS = {
         Kind(THREADS, "qemu-nbd, threads", _qemu("threads")),
         Kind(URING, "qemu-nbd, io_uring", _qemu("io_uring")),
         Kind(RAW, "nbdkit file on raw", _file, raw=True),
+        Kind(LEAST, "least Python on raw", _least, raw=True),
         Kind(EMPTY, "empty Python plugin", _empty),
     )
 }

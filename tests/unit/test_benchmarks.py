@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.clients import ClientFailedError, read_fio
 from benchmarks.images import _KINDS as IMAGES
 from benchmarks.profile_read import place_of, read_stacks, shares
-from benchmarks.servers import EMPTY, KINDS, OURS, RAW, THREADS, URING
+from benchmarks.servers import EMPTY, KINDS, LEAST, OURS, RAW, THREADS, URING
 from benchmarks.targets import MEASURES, AtMost, Cell, Either, OfOwn, Times
 from benchmarks.workloads import GROUPS, WORKLOADS, Fio
 
@@ -272,11 +272,18 @@ def test_workloads_name_what_there_is() -> None:
         assert workload.servers[0] == OURS
         assert workload.targets
         assert set(workload.targets) <= set(MEASURES)
-        if RAW in workload.servers:
+        if any(KINDS[server].raw for server in workload.servers):
             assert IMAGES[workload.image][1] is not None, "the image has no raw twin"
         for bar in (bar for bars in workload.targets.values() for bar in bars):
             if isinstance(bar, OfOwn):
                 assert bar.workload in names
+
+
+def test_bars_beside_the_raw_limit_can_be_held_against_the_least_of_python() -> None:
+    for workload in WORKLOADS:
+        # It is one process, which says nothing of what several can do.
+        judged = RAW in workload.servers and any(workload.targets.values()) and workload.workers == 1
+        assert (LEAST in workload.servers) == judged, workload.name
 
 
 def test_writes_end_by_amount_so_that_all_do_the_same() -> None:
