@@ -111,6 +111,11 @@ GROUPS = (DEPTH_READS, STREAM, CHAINS, COLD, TMPFS, DISK, COPY, MAPS, OPEN)
 _HELD = (OURS, *QEMU, RAW, LEAST)
 
 
+#: Servers of the compressed images.  Noise is stored as it is, near enough, so that the limit of it is that
+#: of the same bytes in a raw file; what text costs is inflating it, which no raw file asks for.
+_STREAMS = {"stream-noise": _HELD, "stream-text": (OURS, *QEMU)}
+
+
 def _servers(targets: dict[str, Sequence[Target]]) -> tuple[str, ...]:
     return _HELD if any(targets.values()) else (OURS, *QEMU, RAW)
 
@@ -210,10 +215,11 @@ def _reads() -> list[Workload]:
         for p in _PLAIN
         if p != "r4k-4conn"
     ]
-    for kind in ("stream-noise", "stream-text"):
+    for kind, servers in _STREAMS.items():
+        raw = RAW in servers
         for pattern in ("r4k-d1", "r4k-d16", "r64k-d8"):
-            rows.append(_reading(kind, pattern, STREAM, {"iops": (Times("qemu", 2.0),)}, raw=False))
-        rows.append(_reading(kind, "s1m-d4", STREAM, {"mibps": (Times("qemu", 3.0),)}, raw=False))
+            rows.append(_reading(kind, pattern, STREAM, {"iops": (Times("qemu", 2.0),)}, raw))
+        rows.append(_reading(kind, "s1m-d4", STREAM, {"mibps": (Times("qemu", 3.0),)}, raw))
         for pattern in ("r4k-d16", "r64k-d8"):
             title, client = _PATTERNS[pattern]
             rows.append(
@@ -224,7 +230,7 @@ def _reads() -> list[Workload]:
                     kind,
                     Fio(client.rw, client.block, client.depth, region=32 * MIB),
                     {"iops": (Times("qemu", 5.0),)},
-                    servers=(OURS, *QEMU),
+                    servers,
                 )
             )
     for kind in ("chain8", "chain32"):
@@ -407,9 +413,9 @@ def _whole() -> list[Workload]:
                 kind,
                 CopyOut(),
                 {"seconds": (Times("qemu", 3.0),)},
-                nothing_more,
+                servers,
             )
-            for kind in ("stream-noise", "stream-text")
+            for kind, servers in _STREAMS.items()
         ),
         *(
             Workload(
