@@ -9,6 +9,8 @@ What is compared:
 - the least that a plugin in Python can do, one system call a request on that raw file: what separates it from
   ``nbdkit file`` is Python's part of the distance, and what separates ours from it is our own.
 
+Where ours misses a target the report says whether these two would, in its place.
+
 How a number comes about.  A *workload* (workloads.py) is one image, one client and one pattern.  In each
 *round* every server runs each workload once, in an order that rotates, so that whatever else the machine does
 hits all of them alike; each run has a server of its own, started for it and stopped after it.  The number is

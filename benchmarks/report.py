@@ -6,11 +6,11 @@ The arithmetic works on the plain dict that is written as JSON, so an old result
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from benchmarks.targets import MEASURES, OURS, PEER_LABELS, PEERS, Cell, Cells, Target
+from benchmarks.targets import MEASURES, OURS, PEER_LABELS, Cell, Cells, Target, others
 from benchmarks.workloads import GROUPS, WORKLOADS, Workload
 from nbd_vmdk.units import MIB
 
@@ -24,16 +24,27 @@ _SERVER_TITLES = {
     "least": "least Python",
     "empty": "empty plugin",
 }
+#: Those that ours is put in relation to.
+_PEERS = ("qemu", "raw", "least")
+#: Those that are held to our bars in our place, as they are called in the list of missed ones and before it.
+_OTHERS = {
+    "raw": ("nbdkit file", "`nbdkit file` on raw"),
+    "least": ("least Python", "the least Python plugin"),
+}
 #: Memory that may be in use after any workload, beside the cache.
 _MEMORY = 40
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target and what became of it; ``met`` is None where it could not be judged."""
+    """One target and what became of it; ``met`` is None where it could not be judged.
+
+    ``others`` tells whether the peers without a VMDK would have met it, as far as that can be told.
+    """
 
     text: str
     met: bool | None
+    others: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def word(self) -> str:
@@ -84,7 +95,9 @@ def rows_of(cells: Cells, workloads: Iterable[Workload] = WORKLOADS) -> list[Row
 
 def judge(targets: Iterable[Target], cell: Cell, cells: Cells) -> tuple[Verdict, ...]:
     """Hold a cell to its targets."""
-    return tuple(Verdict(target.text, target.met(cell, cells)) for target in targets)
+    return tuple(
+        Verdict(target.text, target.met(cell, cells), others(target, cell, cells)) for target in targets
+    )
 
 
 def highest_memory(cells: Cells) -> tuple[float, str] | None:
@@ -161,8 +174,9 @@ def _opening(result: Mapping[str, Any]) -> str:
         "# Benchmarks\n\n"
         "Ours, qemu-nbd and nbdkit's own file plugin on a raw file with the same bytes (the limit of what an "
         "nbdkit plugin can do), over a unix socket, with the same clients, in one run. "
-        "The least Python plugin does one system call a request on that raw file: what separates it from the "
-        "limit is Python's part of the distance, and what separates ours from it is our own. "
+        "The least Python plugin, one process, does one system call a request on that raw file: what "
+        "separates it from the limit is Python's part of the distance, and what separates ours from it is "
+        "our own. "
         "A ratio says how many times better ours is, for rates and for costs alike; "
         "against qemu-nbd, the better of its two settings counts."
         f"{note}\n\n| | |\n|---|---|\n{lines}"
@@ -172,7 +186,7 @@ def _opening(result: Mapping[str, Any]) -> str:
 def _summary(rows: Sequence[Row], memory: Verdict, verdicts: Sequence[Verdict]) -> str:
     met = sum(verdict.met is True for verdict in verdicts)
     missed = [
-        f"- `{row.workload.name}`, {row.title}: {verdict.text} (it is {_standing(row)})"
+        f"- `{row.workload.name}`, {row.title}: {verdict.text} (it is {_standing(row)}{_company(verdict)})"
         for row in rows
         for verdict in row.verdicts
         if verdict.met is False
@@ -183,6 +197,7 @@ def _summary(rows: Sequence[Row], memory: Verdict, verdicts: Sequence[Verdict]) 
     text = f"**{met} of {len(verdicts) - unjudged} targets met.**"
     if unjudged:
         text += f" {unjudged} could not be judged, as a number is missing."
+    text += _shared([verdict for verdict in verdicts if verdict.met is False])
     return text + ("\n\nMissed:\n\n" + "\n".join(missed) if missed else "")
 
 
@@ -190,10 +205,30 @@ def _standing(row: Row) -> str:
     """What a row reached, in all the ratios that it has."""
     found = [
         f"{times(row.cell.ratio(peer))} {PEER_LABELS[peer]}"
-        for peer in ("qemu", "raw")
+        for peer in _PEERS
         if row.cell.ratio(peer) is not None
     ]
     return ", ".join([quantity(row.cell.own, row.cell.measure.unit), *found])
+
+
+def _company(verdict: Verdict) -> str:
+    """Who else misses a bar that we miss, and who does not."""
+    found = []
+    for met, one, several in ((True, "meets it", "meet it"), (False, "misses it too", "miss it too")):
+        names = [name for peer, (name, _) in _OTHERS.items() if verdict.others.get(peer) is met]
+        if names:
+            found.append(f"{' and '.join(names)} {several if len(names) > 1 else one}")
+    return "; " + ", ".join(found) if found else ""
+
+
+def _shared(missed: Sequence[Verdict]) -> str:
+    """How many of the bars that we miss the others miss too."""
+    found = []
+    for peer, (_, name) in _OTHERS.items():
+        held = [verdict.others[peer] for verdict in missed if peer in verdict.others]
+        if held:
+            found.append(f"{name} misses {held.count(False)} of the {len(held)} that it can be held to")
+    return f" Of the {len(missed)} missed, {', and '.join(found)}." if found else ""
 
 
 def _chart(result: Mapping[str, Any]) -> str:
@@ -202,7 +237,7 @@ def _chart(result: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     servers = [name for name in _SERVER_TITLES if any(name in row.cell.medians for row in rows)]
-    peers = [peer for peer in ("qemu", "raw") if any(row.cell.ratio(peer) is not None for row in rows)]
+    peers = [peer for peer in _PEERS if any(row.cell.ratio(peer) is not None for row in rows)]
     head = ["workload", *(_SERVER_TITLES[name] for name in servers)]
     head += [f"ours / {PEER_LABELS[peer]}" for peer in peers]
     head += ["target", ""]
@@ -230,26 +265,27 @@ def _memory(cells: Cells, verdict: Verdict) -> str:
 
 def _cpu(cells: Cells) -> str:
     """What each workload costs each server: CPU time a request, and peak memory."""
+    costs = [
+        (workload.name, cells[workload.name, "cpu_us"].medians, cells[workload.name, "peak_mib"].medians)
+        for workload in WORKLOADS
+        if (workload.name, "cpu_us") in cells and (workload.name, "peak_mib") in cells
+    ]
+    servers = [name for name in _SERVER_TITLES if any(name in cpu for _, cpu, _ in costs)]
+    lines = [
+        "| workload | " + " | ".join(_SERVER_TITLES[server] for server in servers) + " |",
+        "|---|" + "--:|" * len(servers),
+    ]
+    for workload, cpu, memory in costs:
+        words = [
+            f"{quantity(cpu[server], 'µs')}, {memory[server]:.0f} MiB" if server in cpu else "-"
+            for server in servers
+        ]
+        lines.append(f"| `{workload}` | " + " | ".join(words) + " |")
     head = (
         "## Server CPU time a request, and peak memory\n\n"
         "A request is one of fio's; for nbdcopy 256 KiB, for `nbdinfo --map` an extent.\n\n"
-        "| workload | " + " | ".join(_SERVER_TITLES[s] for s in ("ours", *PEERS["qemu"], "raw")) + " |\n"
-        "|---|--:|--:|--:|--:|"
     )
-    lines = []
-    for workload in WORKLOADS:
-        cpu = cells.get((workload.name, "cpu_us"))
-        memory = cells.get((workload.name, "peak_mib"))
-        if cpu is None or memory is None:
-            continue
-        words = [
-            f"{quantity(cpu.medians[server], 'µs')}, {memory.medians[server]:.0f} MiB"
-            if server in cpu.medians
-            else "-"
-            for server in (OURS, *PEERS["qemu"], "raw")
-        ]
-        lines.append(f"| `{workload.name}` | " + " | ".join(words) + " |")
-    return head + "\n" + "\n".join(lines) if lines else ""
+    return head + "\n".join(lines) if costs else ""
 
 
 def _failures(failures: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
@@ -271,9 +307,11 @@ def save(result: Mapping[str, Any], path: str) -> None:
             "measure": row.cell.measure.name,
             "unit": row.cell.measure.unit,
             "medians": dict(row.cell.medians),
-            "ratio-qemu": row.cell.ratio("qemu"),
-            "ratio-raw": row.cell.ratio("raw"),
-            "targets": [{"target": verdict.text, "met": verdict.met} for verdict in row.verdicts],
+            **{f"ratio-{peer}": row.cell.ratio(peer) for peer in _PEERS},
+            "targets": [
+                {"target": verdict.text, "met": verdict.met, "others": dict(verdict.others)}
+                for verdict in row.verdicts
+            ],
         }
         for row in rows_of(cells)
     ]

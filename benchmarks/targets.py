@@ -2,6 +2,9 @@
 
 A :class:`Cell` is one measure of one workload: the median of each server.  Ratios are always "how many times
 better ours is", for rates and for costs alike, so a target is met when the ratio is large enough.
+
+A bar that we miss may be too high for anybody on this machine.  So the servers of a raw file are held to it
+in our place (:func:`others`): where they miss it as well, a VMDK is not the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +16,12 @@ OURS = "ours"
 PEERS: dict[str, tuple[str, ...]] = {
     "qemu": ("qemu-threads", "qemu-uring"),
     "raw": ("raw",),
+    "least": ("least",),
     "empty": ("empty",),
 }
-PEER_LABELS = {"qemu": "qemu-nbd", "raw": "raw", "empty": "an empty plugin"}
+PEER_LABELS = {"qemu": "qemu-nbd", "raw": "raw", "least": "least Python", "empty": "an empty plugin"}
+#: The peers that have no VMDK to look anything up in.
+WITHOUT_VMDK = ("raw", "least")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ class Cell:
         own, other = self.own, self.best(peer)
         return None if own is None or other is None else self.measure.ratio(own, other)
 
+    def with_own(self, value: float) -> "Cell":
+        """The cell as it would be with that median of ours."""
+        return Cell(self.measure, {**self.medians, OURS: value})
+
 
 #: The cell of a workload's measure, for targets that look at another workload.
 Cells = Mapping[tuple[str, str], Cell]
@@ -89,6 +99,21 @@ class Target(Protocol):
 
     def met(self, cell: Cell, cells: Cells) -> bool | None:
         """Whether the medians clear it."""
+
+    def fits(self, peer: str) -> bool:
+        """Whether it says something of a peer in our place; not where that peer is the measure itself."""
+
+
+def others(target: Target, cell: Cell, cells: Cells) -> dict[str, bool]:
+    """Whether those without a VMDK would meet the bar in our place, where that can be told."""
+    found = {}
+    for peer in WITHOUT_VMDK:
+        value = cell.best(peer)
+        if value is not None and target.fits(peer):
+            met = target.met(cell.with_own(value), cells)
+            if met is not None:
+                found[peer] = met
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,10 @@ class Times:
         """See Target."""
         ratio = cell.ratio(self.peer)
         return None if ratio is None else ratio >= self.least
+
+    def fits(self, peer: str) -> bool:
+        """See Target."""
+        return peer != self.peer
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,10 @@ class Either:
         if True in found:
             return True
         return None if None in found else False
+
+    def fits(self, peer: str) -> bool:
+        """See Target."""
+        return self.first.fits(peer) and self.second.fits(peer)
 
 
 @dataclass(frozen=True)
@@ -149,6 +182,10 @@ class OfOwn:
         ratio = cell.measure.ratio(cell.own, other.own)
         return None if ratio is None else ratio >= self.least
 
+    def fits(self, peer: str) -> bool:  # noqa: ARG002
+        """See Target; it is about our other workload."""
+        return False
+
 
 @dataclass(frozen=True)
 class AtMost:
@@ -168,3 +205,7 @@ class AtMost:
         """See Target."""
         base = cell.best(self.above) if self.above else 0.0
         return None if cell.own is None or base is None else cell.own <= self.value + base
+
+    def fits(self, peer: str) -> bool:
+        """See Target."""
+        return peer != self.above
