@@ -50,7 +50,7 @@ class Allocator:
         self._table_at = self._table_end = 0
         #: Tickets of the overwrites under way; each takes one before it looks up where to write.
         self.writing: set[int] = set()
-        self._tickets = itertools.count()
+        self.tickets = itertools.count()
         #: Freed ranges as (tickets to wait for, position, length), and those that nobody can write to.
         self._cooling: deque[tuple[frozenset[int], int, int]] = deque()
         self._free: list[tuple[int, int]] = []
@@ -69,12 +69,15 @@ class Allocator:
         """Byte position of ``count`` new grains in a row; StorageError with ENOSPC if there is no room."""
         length = count * self._grain
         with self._lock:
-            at = self._reuse(length) if self._free or self._cooling else None
-            return self._take(length) if at is None else at
+            if self._free or self._cooling:
+                at = self._reuse(length)
+                if at is not None:
+                    return at
+            return self._take(length)
 
     def ticket(self) -> int:
         """Begin an overwrite: until the ticket is taken out of ``writing``, no grain changes its owner."""
-        ticket = next(self._tickets)
+        ticket = next(self.tickets)
         self.writing.add(ticket)
         return ticket
 

@@ -32,6 +32,7 @@ all they name is durable.
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from nbd_vmdk.errors import Latched, StorageError, VmdkError
@@ -49,6 +50,8 @@ _MAX_AGE = 5.0
 MAX_PINNED = 16 * MIB
 _MIN_SHARE = 64 * KIB
 
+_dirty, _freed, _touched = attrgetter("dirty"), attrgetter("freed"), attrgetter("touched")
+
 
 class Member(Protocol):
     """What a commit asks of an extent of the writable link.
@@ -58,6 +61,7 @@ class Member(Protocol):
 
     touched: bool
     lazy: bool
+    holds_more: bool
 
     @property
     def storage(self) -> Storage:
@@ -74,21 +78,15 @@ class Member(Protocol):
     def held(self) -> int:
         """Bytes of memory that only a commit gives back."""
 
+    @property
+    def freed(self) -> Sequence[int]:
+        """Byte positions of grains that have been freed, until a commit takes them."""
+
     def take_freed(self) -> list[int]:
-        """Byte positions of the grains that have been freed since the last call."""
+        """What is in ``freed``, which is then empty."""
 
     def release(self, positions: list[int]) -> None:
         """Give space back that no durable table entry names any more."""
-
-
-class _Round:
-    """One commit, past or to come, and what it met; all flushes that it serves hold it."""
-
-    __slots__ = ("done", "error")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.error: BaseException | None = None
 
 
 class Committer:
@@ -98,6 +96,7 @@ class Committer:
         """``announce`` changes the link's content ID, once, and returns the file that holds it."""
         self._members = members
         self._announce = announce
+        self._tables = [pages for member in members for pages in member.tables]
         self._share = max(MAX_PINNED // max(len(members), 1), _MIN_SHARE)
         self._freed: list[tuple[Member, list[int]]] = []  # not yet safe to release
         #: Grows before released space can be used again; see Disk.read_into.
@@ -106,10 +105,14 @@ class Committer:
         self.commits = 0
         self._described = False  # the content ID is changed, durably
         self._turn = threading.Lock()  # held by the one commit that is running
-        self._next = _Round()  # what a flush that comes now is served by
+        self._begun = 0  # commits, tried ones too
+        self._failure: BaseException | None = None  # of the last of them
         self._timing = threading.Lock()
-        self._full = False  # a member holds more than its share
+        #: A write may begin: no sync has failed, and no member holds more than its share.
+        self.admits = True
         self._latched: VmdkError | None = None
+        #: A commit will be made before long.
+        self.timed = False
         self._timer: threading.Timer | None = None
         self._closed = False
 
@@ -120,19 +123,20 @@ class Committer:
 
     def admit(self) -> None:
         """Let a write begin, after a commit if too much is held; raises what keeps it from being durable."""
-        if self._latched is not None:
-            self.check()
-        if self._full:
+        if not self.admits:
             self.flush()
 
     def wrote(self, member: Member) -> None:
         """Note that ``member`` was written to: before long it is committed, unless it is lazy."""
-        if member.held > self._share:
-            self._full = True
-        if self._timer is None and not member.lazy:
-            self._start_timer()
+        if member.holds_more:
+            member.holds_more = False
+            if member.held > self._share:
+                self.admits = False
+        if not self.timed and not member.lazy:
+            self.start_timer()
 
-    def _start_timer(self) -> None:
+    def start_timer(self) -> None:
+        """Have a commit made before long."""
         with self._timing:
             if self._timer is None and not self._closed:
                 timer = threading.Timer(_MAX_AGE, self._on_timer)
@@ -142,60 +146,59 @@ class Committer:
                 except RuntimeError:
                     return  # no thread to be had now; the next write tries again
                 self._timer = timer
+                self.timed = True
 
     def _on_timer(self) -> None:
         with self._timing:
             self._timer = None
+            self.timed = False
         try:
             self.flush()
         except VmdkError as error:
             # Nobody waits for this commit; whoever flushes next meets the error himself.
             log.warning("%s", error)
             if self._latched is None:
-                self._start_timer()
-
-    @property
-    def pending(self) -> bool:
-        """Something was written that no commit has made durable yet."""
-        for member in self._members:
-            if member.touched:
-                return True
-            for pages in member.tables:
-                if pages.dirty:
-                    return True
-        return False
+                self.start_timer()
 
     def flush(self) -> None:
         """Return when all writes that ended before this call are durable; raise what went wrong."""
-        self.check()
-        mine = self._next
+        if self._latched is not None:
+            self.check()
+        begun = self._begun
         with self._turn:
             # Whoever has his turn first of those that waited commits for all of them.
-            if mine.done:
-                if mine.error is not None:
-                    raise mine.error
+            if self._begun != begun:
+                if self._failure is not None:
+                    raise self._failure
                 return
-            self._next = _Round()
+            self._begun += 1
             try:
                 self._commit()
+                self._failure = None
             except BaseException as error:
-                mine.error = error
+                self._failure = error
                 raise
-            finally:
-                mine.done = True
 
     def _commit(self) -> None:
-        self.check()
-        if not self.pending:
-            return
-        self.commits += 1
+        if self._latched is not None:
+            self.check()
+        self.admits = True
+        # A split disk has thousands of tables and members, and each flush looks at all of them.
+        if any(map(_dirty, self._tables)) or any(map(_freed, self._members)):
+            self.commits += 1
+            self._commit_changes()
+        elif any(map(_touched, self._members)):
+            self.commits += 1
+            self._sync_data()
+
+    def _commit_changes(self) -> None:
         # 1. copy; freed grains are listed first, so that each one's entry is among the copies
         for member in self._members:
             if freed := member.take_freed():
                 self._freed.append((member, freed))
         releasing = len(self._freed)
         taken: list[tuple[Changes, list[DirtyPage]]] = []
-        durable = self._full = False
+        durable = False
         try:
             for member in self._members:
                 if self._take(member, taken):
@@ -212,7 +215,8 @@ class Committer:
             for pages, dirty in taken:
                 pages.settle(dirty, durable=durable)
             if not durable:
-                self._full = any(member.held > self._share for member in self._members)
+                too_much = any(member.held > self._share for member in self._members)
+                self.admits = self._latched is None and not too_much
         # 6. release
         if releasing:
             self.releases += 1
@@ -238,11 +242,14 @@ class Committer:
     def _sync_data(self) -> None:
         """Make durable what was written to the members, and the new content ID with the first of it."""
         described_in = None if self._described else self._announce()
-        touched = [member for member in self._members if member.touched]
+        touched = list(filter(_touched, self._members))
+        storages = [member.storage for member in touched]
+        if described_in is not None:
+            storages.insert(0, described_in)
         for member in touched:
             member.touched = False  # before the sync: a write during it sets it again
         try:
-            self._sync([described_in, *(member.storage for member in touched)])
+            self._sync(storages)
         except BaseException:
             for member in touched:
                 member.touched = True
@@ -268,14 +275,13 @@ class Committer:
             storage.write(b"".join(parts), start)
         return storage
 
-    def _sync(self, storages: Sequence[Storage | None]) -> None:
-        for storage in dict.fromkeys(storages):
-            if storage is None:
-                continue
+    def _sync(self, storages: Sequence[Storage]) -> None:
+        for storage in dict.fromkeys(storages) if len(storages) > 1 else storages:
             try:
                 storage.sync()
             except StorageError as error:
                 self._latched = error
+                self.admits = False
                 raise
 
     def close(self) -> None:

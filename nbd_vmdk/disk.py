@@ -82,6 +82,7 @@ class Disk:
             self.minimum_block = max(extent.minimum_block for extent in self._members)
         self._only = self._members[0] if len(extents) == len(self._members) == 1 else None
         self._committer = Committer(self._members, top.change_cid)
+        self._overwrite = top.overwriter()
         self._close_lock = threading.Lock()
         self._closed = False
         #: As read_into, once; asks the one who answers most requests first.
@@ -321,15 +322,23 @@ class Disk:
 
     def write_from(self, buf: memoryview, offset: int, *, fua: bool = False) -> None:
         """As pwrite, for a memoryview of bytes: others count in something else."""
-        self._check_writable(offset, len(buf))
-        if self._only is not None:  # the usual case needs no search for the extent
+        committer = self._committer
+        length = len(buf)
+        if not (self.writable and committer.admits and offset >= 0 and 0 < length <= self.size - offset):
+            self._check_writable(offset, length)
+            if not length:
+                return
+        if self._overwrite(buf, offset):
+            if not committer.timed:
+                committer.start_timer()
+        elif self._only is not None:  # the usual case needs no search for the extent
             self._only.write(buf, offset, self._below)
-            self._committer.wrote(self._only)
+            committer.wrote(self._only)
         else:
             for extent in self.links[0].write(buf, offset, self._below):
-                self._committer.wrote(extent)
+                committer.wrote(extent)
         if fua:
-            self._committer.flush()
+            committer.flush()
 
     def share(self, other: Storage, at: int, length: int, offset: int) -> bool:
         """Make ``length`` bytes from ``at`` of a file the disk's at ``offset``, without copying them.

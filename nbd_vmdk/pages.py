@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 from nbd_vmdk.cache import Cache
@@ -42,8 +42,8 @@ class Changes(Protocol):
         """The file they are in."""
 
     @property
-    def dirty(self) -> bool:
-        """There are changes that no commit has taken yet."""
+    def dirty(self) -> Collection[int] | bool:
+        """Something, if there are changes that no commit has taken yet."""
 
     def take_dirty(self, taken: list[DirtyPage]) -> None:
         """Put copies of all that has changed into ``taken``."""
@@ -90,7 +90,8 @@ class Pages:
         self.pinned_cost = per_page * width + _OVERHEAD
         #: Pages that differ from the disk, or are being written there.
         self.pinned: dict[int, array[int]] = {}
-        self._dirty: set[int] = set()
+        #: Pinned pages with changes that no commit has taken yet; who makes one holds the page's lock.
+        self.dirty: set[int] = set()
         # A split disk has thousands of extents, and their directories mostly have one page.
         self._stripes = max(min(_STRIPES, -(-total // per_page)), 1)
         self._locks = [threading.Lock() for _ in range(self._stripes)]
@@ -131,7 +132,7 @@ class Pages:
         return table
 
     def pin(self, page: int) -> "array[int]":
-        """The page, which exists, for changing it; the caller holds its lock and marks it dirty."""
+        """The page, which exists, for changing it; the caller holds its lock and adds it to ``dirty``."""
         table = self.pinned.get(page)
         if table is None:
             table = self.load(page)
@@ -146,17 +147,8 @@ class Pages:
         """Pin a page of zeros that has just been given a place; the caller holds its lock."""
         table = array(self._typecode, self.empty)
         self.pinned[page] = table
-        self._dirty.add(page)
+        self.dirty.add(page)
         return table
-
-    def mark_dirty(self, page: int) -> None:
-        """Say that a pinned page has changed; the caller holds its lock."""
-        self._dirty.add(page)
-
-    @property
-    def dirty(self) -> bool:
-        """Some page has changes that no commit has taken yet."""
-        return bool(self._dirty)
 
     def encode(self, table: "array[int]") -> bytes:
         """A page as it stands on disk."""
@@ -170,19 +162,19 @@ class Pages:
 
         If that raises (a directory can't be read any more), the pages not in ``taken`` are dirty still.
         """
-        for page in sorted(self._dirty.copy()):
+        for page in sorted(self.dirty.copy()):
             with self.lock(page):
                 places = self._locate(page)
                 assert places is not None, "a dirty page has a place"
                 taken.append(DirtyPage(page, self.encode(self.pinned[page]), places))
-                self._dirty.discard(page)
+                self.dirty.discard(page)
 
     def settle(self, taken: list[DirtyPage], *, durable: bool) -> None:
         """End a commit: pages that are now durable are unpinned, otherwise they are dirty again."""
         for dirty in taken:
             with self.lock(dirty.page):
                 if not durable:
-                    self._dirty.add(dirty.page)
-                elif dirty.page not in self._dirty:
+                    self.dirty.add(dirty.page)
+                elif dirty.page not in self.dirty:
                     self.clean.put(dirty.page, self.pinned[dirty.page])
                     del self.pinned[dirty.page]

@@ -54,6 +54,10 @@ Edges = tuple[list[int], bool]
 #: Fills a buffer with the bytes of an extent, a link or a disk from an offset on, or raises.
 Reader = Callable[[memoryview, int], None]
 
+#: Writes a buffer at an offset of an extent, a link or a disk; False, having done nothing, where that takes
+#: more than writing over bytes that are there.
+Overwriter = Callable[[memoryview, int], bool]
+
 #: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
 Below = Callable[[memoryview, int], None]
 
@@ -113,6 +117,10 @@ class Extent(ABC):
             self.storage.close()
 
 
+def _overwrite_nothing(_buf: memoryview, _offset: int) -> bool:
+    return False
+
+
 class WritableExtent(Extent):
     """An extent of a kind that can be written in place, and is if its file is open for writing.
 
@@ -124,16 +132,24 @@ class WritableExtent(Extent):
     writable: bool = False
     #: Set by every write, cleared by the commit that makes it durable.
     touched: bool = False
+    #: Set where ``held`` has grown, cleared by who has looked at it.
+    holds_more: bool = False
     #: Commits are to be made only when they are asked for.
     lazy: bool = False
     #: What writes must be a multiple of, and lie at, in bytes.
     minimum_block: int = 1
     #: All that may hold dirty pages, in the order in which they must be written.
     tables: Sequence[Changes] = ()
+    #: Byte positions of grains that have been freed, until a commit takes them.
+    freed: Sequence[int] = ()
 
     @abstractmethod
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
+
+    def overwriter(self) -> Overwriter:
+        """A function that writes at once over what is there in one piece, as :meth:`reader` reads."""
+        return _overwrite_nothing
 
     def share(self, other: Storage, at: int, offset: int, length: int) -> bool:
         """Make bytes of ``other`` from ``at`` on those at ``offset`` without copying them; see Storage.
@@ -167,7 +183,7 @@ class WritableExtent(Extent):
         return 0
 
     def take_freed(self) -> list[int]:
-        """Byte positions of the grains that have been freed since the last call."""
+        """What is in ``freed``, which is then empty."""
         return []
 
     def release(self, positions: list[int]) -> None:

@@ -115,7 +115,7 @@ class GrainTables(ABC):
         for directory, at in zip(directories, places, strict=True):
             with directory.lock(page):
                 directory.pin(page)[slot] = at // SECTOR
-                directory.mark_dirty(page)
+                directory.dirty.add(page)
 
     def empty_from(self, number: int, limit: int) -> int:
         """How many tables from ``number`` on, ``limit`` at most, hold nothing or do not exist."""

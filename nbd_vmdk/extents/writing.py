@@ -14,7 +14,7 @@ from typing import Final
 
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.extents.base import Below, Kind, WritableExtent
+from nbd_vmdk.extents.base import Below, Kind, Overwriter, WritableExtent
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.pages import Pages
@@ -47,7 +47,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         self._allocator = allocator
         # Directories come after the tables that they name.
         self.tables = (self._tables, *places.directories)
-        self._freed: list[int] = []
+        self.freed: list[int] = []
         self._unclean_at = unclean_at
         self._was_unclean = was_unclean
         self._announced = False
@@ -86,16 +86,15 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
     @property
     def held(self) -> int:
         """See WritableExtent."""
-        total = len(self._freed) * _FREED_COST
+        total = len(self.freed) * _FREED_COST
         for pages in self.tables:
             total += len(pages.pinned) * pages.pinned_cost
         return total
 
     def take_freed(self) -> list[int]:
         """See WritableExtent."""
-        freed = self._freed
-        taken = freed[:]
-        del freed[: len(taken)]
+        taken = self.freed[:]
+        del self.freed[: len(taken)]
         return taken
 
     def release(self, positions: list[int]) -> None:
@@ -109,17 +108,55 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 self._allocator.give_back(start, length)
                 first = index
 
+    def overwriter(self) -> Overwriter:
+        """See WritableExtent: into one grain, by a table that is in memory."""
+        storage, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
+        clean, pinned = self._clean, self._pinned
+        # Grains and tables hold powers of two: what has others was refused.
+        grain_bits = grain.bit_length() - 1
+        table_bits = grain_bits + self._entries.bit_length() - 1
+        in_grain, in_table = grain - 1, self._entries - 1
+        allocator = self._allocator
+        tickets, writing = allocator.tickets, allocator.writing
+
+        def overwrite(buf: memoryview, offset: int) -> bool:
+            length = len(buf)
+            number = offset >> table_bits
+            ticket = next(tickets)
+            writing.add(ticket)  # before the entry is looked at, as in write()
+            try:
+                table = pinned.get(number) or clean.young.get(number)
+                if table is None or offset + length > size:
+                    return False
+                entry = table[offset >> grain_bits & in_table]
+                within = offset & in_grain
+                at = entry * SECTOR + within
+                if entry < lowest or within + length > grain or at + length > allocator.end:
+                    return False
+                storage.write(buf, at)
+                self.touched = True
+                return True
+            finally:
+                writing.discard(ticket)
+
+        return overwrite
+
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """See WritableExtent."""
-        ticket = self._allocator.ticket()
-        try:
-            self._write(buf, offset, below)
-        finally:
-            self._allocator.writing.discard(ticket)
-
-    def _write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         length = len(buf)
         done = 0
+        if offset % self.grain + length <= self.grain:
+            # Whoever asks has tried the overwriter.
+            done = self._fill(buf, offset, below)
+        if done < length:
+            ticket = self._allocator.ticket()
+            try:
+                self._write_rest(buf, offset, done, below)
+            finally:
+                self._allocator.writing.discard(ticket)
+
+    def _write_rest(self, buf: memoryview, offset: int, done: int, below: Below | None) -> None:
+        length = len(buf)
         while done < length:
             kind, count, _source, at = self.map(offset + done, length - done)
             piece = buf if count == length else buf[done : done + count]
@@ -146,7 +183,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
             entry = table[slot]
             if entry >= self._lowest:
                 return 0
-            kind, _at = self._decode(entry, index)
+            kind = self._decode(entry, index)[0] if entry else Kind.HOLE
             if kind is _DATA:
                 return 0
             grains = 1
@@ -162,20 +199,21 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
             piece = buf if count == len(buf) else buf[:count]
             at = self._allocator.take_grains(grains)
             try:
-                if count % grain:
-                    self._write_partial(piece, within, at, index, below if kind is Kind.HOLE else None)
+                if below is not None and kind is Kind.HOLE and count % grain:
+                    self._write_partial(piece, within, at, index, below)
                 else:
-                    self.storage.write(piece, at)
+                    self.storage.write(piece, at + within)  # new space is zeros already
             except VmdkError:
                 # No table names the space yet; what did get written there is released with the next commit.
-                self._freed += range(at, at + grains * grain, grain)
+                self.freed += range(at, at + grains * grain, grain)
+                self.holds_more = True
                 raise
             self.touched = True
-            table = self._tables.pin(number)
+            table = self._pinned.get(number) or self._pin(number)
             table[slot] = at // SECTOR
             for i in range(1, grains):
                 table[slot + i] = (at + i * grain) // SECTOR
-            self._tables.mark_dirty(number)
+            self._tables.dirty.add(number)
         return count
 
     def _table_for_change(self, number: int) -> "array[int]":
@@ -187,17 +225,19 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         if table is None:
             self._create_table(number)
             table = self._tables.create(number)
+            self.holds_more = True
         return table
+
+    def _pin(self, number: int) -> "array[int]":
+        self.holds_more = True
+        return self._tables.pin(number)
 
     def _decode_slot(self, table: "array[int]", slot: int, index: int) -> tuple[Kind, int]:
         entry = table[slot]
         return (Kind.DATA, entry * SECTOR) if entry >= self._lowest else self._decode(entry, index)
 
-    def _write_partial(self, buf: memoryview, within: int, at: int, index: int, below: Below | None) -> None:
-        """Fill a new grain: ``buf`` at ``within``, the rest from below; new space is zeros already."""
-        if below is None:
-            self.storage.write(buf, at + within)
-            return
+    def _write_partial(self, buf: memoryview, within: int, at: int, index: int, below: Below) -> None:
+        """Fill a new grain: ``buf`` at ``within``, the rest from below."""
         start = index * self.grain
         end = within + len(buf)
         # The last grain may reach past the extent's end; what is there stays zeros.
@@ -310,11 +350,12 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 places = []
             if entry is not None and (places or holes):
                 self._table_for_change(number)
-                table = self._tables.pin(number)
+                table = self._pin(number)
                 for i in (*holes, *(i for i, _at in places)):
                     table[slot + i] = entry
-                self._tables.mark_dirty(number)
-                self._freed += [at for _i, at in places]
+                self._tables.dirty.add(number)
+                self.freed += [at for _i, at in places]
+                self.holds_more = True
             return entry is not None or not holes
 
     def _zero_places(

@@ -359,7 +359,10 @@ def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     if get_ident() not in h.threads:
         h.states.keep()
     try:
-        h.pwrite(buf, offset, fua=flags != 0 and bool(flags & nbdkit.FLAG_FUA))
+        if flags:
+            h.pwrite(buf, offset, fua=bool(flags & nbdkit.FLAG_FUA))
+        else:
+            h.pwrite(buf, offset)
     except VmdkError as error:
         _fail(error)
 

@@ -22,7 +22,7 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
 
     def commit(self: Committer) -> None:
         self.check()
-        if not self.pending:
+        if not any(member.touched or any(t.dirty for t in member.tables) for member in self._members):
             return
         freed = [(member, member.take_freed()) for member in self._members]
         taken: list[tuple[Pages, list[DirtyPage]]] = []
@@ -89,10 +89,10 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
 
 
 def _reuse_at_once(self: WritableSparseExtent, *args: Any, **keywords: Any) -> bool:
-    before = len(self._freed)
+    before = len(self.freed)
     done = _zero_piece(self, *args, **keywords)
-    freed = self._freed[before:]
-    del self._freed[before:]
+    freed = self.freed[before:]
+    del self.freed[before:]
     self.release(freed)
     return done
 

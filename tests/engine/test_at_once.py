@@ -1,0 +1,244 @@
+"""
+What is read, or written over, at once: small requests that take no more than a look at a table in memory.
+
+That every kind reads and writes right, across all edges, is in test_read_kinds.py and test_write_model.py,
+which come by here. This is about who answers, and about what must not be answered so.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbd_vmdk import Disk, open_disk
+from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError, WriteRefused
+from nbd_vmdk.extents.flat import FlatExtent
+from nbd_vmdk.extents.writing import WritableSparseExtent
+from tests.engine import same
+from tests.images import desc
+from tests.images.content import KIB, MIB, SECTOR, Content
+from tests.images.desc import Image
+
+GRAIN = 64 * KIB
+# Nothing but data, more than a table of 2 MiB or of 512 KiB holds, and the last grain is no whole one.
+FULL = Content.of(random.Random(1).randbytes(5 * MIB + 7 * SECTOR))
+
+
+def chain(folder: str, name: str) -> Image:
+    rng = random.Random(3)
+    image = desc.monolithic_sparse(folder, f"{name}-base", FULL)
+    for number in range(3):
+        own = Content(FULL.size)
+        for grain in rng.sample(range(FULL.size // GRAIN), 20):
+            own.put(grain * GRAIN, rng.randbytes(GRAIN))
+        image = desc.monolithic_sparse(folder, f"{name}{number}", own, parent=image)
+    return image
+
+
+KINDS: dict[str, Callable[[str, str], Image]] = {
+    "flat": lambda folder, name: desc.monolithic_flat(folder, name, FULL),
+    "split flat": lambda folder, name: desc.split_flat(folder, name, FULL, 3001),
+    "sparse": lambda folder, name: desc.monolithic_sparse(folder, name, FULL, grain_sectors=8, gtes=128),
+    "split sparse": lambda folder, name: desc.split_sparse(folder, name, FULL, 3072),
+    "COWD": lambda folder, name: desc.vmfs_sparse(folder, name, FULL, grain_sectors=16),
+    "chain": chain,
+}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
+    """Note whoever asks for a method of a class."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def noting(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, noting)
+    return calls
+
+
+def inside(disk: Disk, seed: int) -> list[tuple[int, int]]:
+    """(offset, length) of ranges of any alignment, each in one piece of 512 bytes to 4 KiB; and the edges."""
+    rng = random.Random(seed)
+    grain = min(disk.links[0].grain, GRAIN) or SECTOR
+    found = [(0, SECTOR), (disk.size - SECTOR, SECTOR), (disk.size - 1, 1)]
+    while len(found) < 300:
+        start, length = rng.randrange(disk.size), rng.randrange(1, 4 * KIB)
+        if start // grain == (start + length - 1) // grain and start + length <= disk.size:
+            extents = [entry.start for entry in disk.links[0].extents]
+            if not any(start < edge < start + length for edge in extents):
+                found.append((start, length))
+    return found
+
+
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, writable: bool) -> None:
+    image = KINDS[kind](str(tmp_path), "disk")
+    with open_disk(image.path, writable=writable) as disk:
+        same(disk.pread(disk.size, 0), image.visible.read(0, disk.size))  # brings the tables into memory
+    asked = counted(monkeypatch, Disk, "_read_mapped")
+    with open_disk(image.path, writable=writable) as disk:
+        ranges = inside(disk, seed=4)
+        for offset, length in ranges:
+            same(disk.pread(length, offset), image.visible.read(offset, length), offset)
+        first = len(asked)
+        for offset, length in ranges:
+            same(disk.pread(length, offset), image.visible.read(offset, length), offset)
+        if kind == "chain" and writable:
+            assert first < len(asked) < first + len(ranges)  # what the top has, and nothing else
+        else:
+            assert len(asked) == first
+        assert first == 0 if "flat" in kind else 0 < first < len(ranges)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "chain"])
+def test_who_writes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    image = KINDS[kind](str(tmp_path), "disk")
+    model = bytearray(image.visible.read(0, FULL.size))
+    asked = [counted(monkeypatch, owner, "write") for owner in (FlatExtent, WritableSparseExtent)]
+    rng = random.Random(5)
+    with open_disk(image.path, writable=True) as disk:
+        disk.pread(disk.size, 0)
+        commits = disk.commits
+        for offset, length in inside(disk, seed=6):
+            data = rng.randbytes(length)
+            disk.pwrite(data, offset)
+            model[offset : offset + length] = data
+        assert asked == [[], []]
+        disk.flush()
+        assert disk.commits == commits + 1
+        same(disk.pread(disk.size, 0), bytes(model))
+    with open_disk(image.path) as disk:
+        same(disk.pread(disk.size, 0), bytes(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("writable", [False, True])
+def test_outside(tmp_path: Path, kind: str, writable: bool) -> None:
+    """A table's last entries may be for what lies beyond the disk's end, and have grains."""
+    image = KINDS[kind](str(tmp_path), "disk")
+    buf = memoryview(bytearray(SECTOR))
+    with open_disk(image.path, writable=writable) as disk:
+        disk.pread(disk.size, 0)
+        for offset in (
+            -1,
+            -SECTOR,
+            -disk.size,
+            disk.size - 1,
+            disk.size,
+            disk.size + GRAIN,
+            1 << 62,
+            1 << 70,
+        ):
+            with pytest.raises(OutOfRange):
+                disk.read_into(buf, offset)
+            if writable:
+                with pytest.raises(OutOfRange):
+                    disk.write_from(buf, offset)
+        disk.read_into(buf[:0], disk.size)
+        same(disk.pread(disk.size, 0), image.visible.read(0, disk.size))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_only(tmp_path: Path, kind: str) -> None:
+    image = KINDS[kind](str(tmp_path), "disk")
+    with open_disk(image.path) as disk:
+        disk.pread(disk.size, 0)
+        with pytest.raises(WriteRefused):
+            disk.pwrite(b"x" * SECTOR, 0)
+        same(disk.pread(SECTOR, 0), image.visible.read(0, SECTOR))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed(tmp_path: Path, kind: str) -> None:
+    """The number of a closed file may be another file's by then."""
+    image = KINDS[kind](str(tmp_path), "disk")
+    disk = open_disk(image.path)
+    disk.pread(disk.size, 0)
+    disk.close()
+    others = []
+    for number in range(8):
+        path = tmp_path / f"other{number}"
+        path.write_bytes(b"other" * MIB)
+        others.append(os.open(path, os.O_RDWR))
+    try:
+        buf = bytearray(SECTOR)
+        with pytest.raises(StorageError):
+            disk.read_into(memoryview(buf), SECTOR)
+        assert not any(buf)
+    finally:
+        for fd in others:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["flat", "sparse", "COWD"])
+def test_file_that_was_cut_off(tmp_path: Path, kind: str) -> None:
+    """Reading what is not there any more is an error, not zeros."""
+    image = KINDS[kind](str(tmp_path), "disk")
+    data = str(tmp_path / "disk-flat.vmdk") if kind == "flat" else str(image.path)
+    if kind == "COWD":
+        data = next(str(path) for path in tmp_path.iterdir() if path.stat().st_size > MIB)
+    with open_disk(image.path) as disk:
+        disk.pread(disk.size, 0)
+        os.truncate(data, os.path.getsize(data) - GRAIN)
+        failures = 0
+        for offset in range(0, disk.size - SECTOR, 4 * KIB):
+            try:
+                same(disk.pread(SECTOR, offset), image.visible.read(offset, SECTOR), offset)
+            except Truncated:
+                failures += 1
+        assert 0 < failures <= GRAIN // (4 * KIB) + 1
+
+
+def test_written_over_while_it_is_freed(tmp_path: Path) -> None:
+    """A grain that is trimmed is nobody's: what comes later makes a new one."""
+    image = desc.monolithic_sparse(str(tmp_path), "disk", FULL, zero_gte=True)
+    with open_disk(image.path, writable=True) as disk:
+        disk.pread(disk.size, 0)
+        disk.pwrite(b"a" * SECTOR, GRAIN)
+        disk.zero(GRAIN, GRAIN, may_trim=True)
+        assert not any(disk.pread(GRAIN, GRAIN))
+        disk.pwrite(b"b" * SECTOR, GRAIN)
+        same(disk.pread(GRAIN, GRAIN), b"b" * SECTOR + bytes(GRAIN - SECTOR))
+        disk.flush()
+        disk.pwrite(b"c" * SECTOR, GRAIN)
+        same(disk.pread(GRAIN, GRAIN), b"c" * SECTOR + bytes(GRAIN - SECTOR))
+
+
+def test_admitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too much is held, and then nothing: whoever only writes over data does not pay a commit for each."""
+    image = desc.monolithic_sparse(str(tmp_path), "disk", FULL)
+    with open_disk(image.path, writable=True) as disk:
+        disk.pread(disk.size, 0)
+        disk._committer.admits = False  # as one who was late may leave it
+        for number in range(10):
+            disk.pwrite(b"a" * SECTOR, number * SECTOR)
+        assert disk.commits <= 1
+
+
+def test_latched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a sync has failed nothing is written over either."""
+    image = desc.monolithic_sparse(str(tmp_path), "disk", FULL)
+    disk = open_disk(image.path, writable=True)
+    disk.pread(disk.size, 0)
+    disk.pwrite(b"a" * SECTOR, 0)
+
+    def failing(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", failing)
+        with pytest.raises(StorageError):
+            disk.flush()
+    with pytest.raises(VmdkError, match="sync"):
+        disk.pwrite(b"b" * SECTOR, 0)
+    same(disk.pread(SECTOR, 0), b"a" * SECTOR)
+    with pytest.raises(VmdkError):
+        disk.close()
