@@ -24,6 +24,11 @@ export IMAGE
 VERBS := help setup serve test lint fuzz fuzz-short guest pytest soak crash-soak bench wheel man deb deb-check clean
 .PHONY: $(VERBS)
 
+# Ctrl-C is how serving ends; of the exit code 130 for that, make would complain.  No shell stands between, so
+# that make's own SIGTERM reaches the server as well.
+QUIETLY := 'from nbd_vmdk.cli import INTERRUPTED, main; code = main(); \
+  raise SystemExit(0 if code == INTERRUPTED else code)'
+
 # Written so, nothing but the demo disk would be served.
 ifneq ($(filter serve,$(MAKECMDGOALS)),)
 ifneq ($(filter-out $(VERBS),$(MAKECMDGOALS))$(findstring command line,$(origin image))$(if $(IMAGE),,none),)
@@ -44,7 +49,7 @@ setup: .venv/.ready ## system packages where missing, and .venv
 	@scripts/setup
 
 serve: .venv/.ready $(if $(filter .demo/demo.vmdk,$(IMAGE)),.demo/demo.vmdk) ## serve IMAGE over NBD until Ctrl-C; prints its URI
-	@exec $(BIN)/nbd-vmdk serve $(ARGS) -- "$$IMAGE"
+	@exec $(BIN)/python -c $(QUIETLY) serve $(ARGS) -- "$$IMAGE"
 
 .demo/demo.vmdk: scripts/demo-disk | .venv/.ready
 	@scripts/demo-disk $@

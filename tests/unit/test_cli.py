@@ -797,6 +797,18 @@ def vmdk(*line: object, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_ctrl_c_is_no_error_of_make(disk: Path) -> None:
+    python = os.path.dirname(sys.executable)
+    terminal = Terminal(
+        "make", "-C", str(ROOT), "-o", ".venv/.ready", f"BIN={python}", "serve", f"IMAGE={disk}"
+    )
+    terminal.until(b"Ctrl-C ends it")
+    terminal.press(b"\x03")
+    _code, seen = terminal.end()
+    assert b"***" not in seen
+    assert b"Error" not in seen
+
+
 def qemu_json(*line: object) -> Any:
     return json.loads(subprocess.run(["qemu-img", *map(str, line)], capture_output=True, check=True).stdout)
 
