@@ -292,6 +292,33 @@ def test_cloning_a_chain(tmp_path: Path, kind: str) -> None:
     assert [shows(path) for path in links] == before
 
 
+@pytest.mark.parametrize("verb", [("clone",), ("clone", "--linked"), ("rename",), ("snapshot", "create")])
+@pytest.mark.parametrize(
+    ("target", "said", "hint"),
+    [
+        ("newdir/", "newdir", "make that folder first"),
+        ("newdir/new.vmdk", "newdir", "make that folder first"),
+        ("newdir", "newdir is no name of an image", "it should end in .vmdk, or be a folder that is there"),
+    ],
+)
+def test_a_folder_that_is_not_there(
+    tmp_path: Path,
+    verb: tuple[str, ...],
+    target: str,
+    said: str,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(tmp_path, "monolithicSparse", SIZE)
+    monkeypatch.chdir(tmp_path)
+    assert main([*verb, "disk.vmdk", target]) in (1, 2)
+    told = capsys.readouterr().err
+    assert said in told
+    assert f"hint: {hint}\n" in told
+    assert os.listdir() == ["disk.vmdk"]
+
+
 def test_clones_are_whole_or_not_there(tmp_path: Path) -> None:
     make_chain(tmp_path, "twoGbMaxExtentFlat")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from nbd_vmdk.errors import OptionError, WriteRefused
+from nbd_vmdk.errors import FileMissing, OptionError, StorageError, WriteRefused
 from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import Descriptor
@@ -22,13 +22,21 @@ _SUFFIX: Final = ".vmdk"
 def target_path(wanted: str | os.PathLike[str], name: str) -> str:
     """Where a link called ``name`` goes that is to be ``wanted``: a folder, or a new name.
 
-    Raises OptionError for what is no name of an image.
+    Raises OptionError for what is no name of an image, and FileMissing for a place in no folder.
     """
     path = os.fspath(wanted)
     if path.endswith("/") or os.path.isdir(path):
-        return os.path.join(path, name)
-    if not path.lower().endswith(_SUFFIX) or len(os.path.basename(path)) <= len(_SUFFIX):
-        raise OptionError(None, why=f"{path} is no name of an image", hint="it should end in .vmdk")
+        path = os.path.join(path, name)
+    elif not path.lower().endswith(_SUFFIX) or len(os.path.basename(path)) <= len(_SUFFIX):
+        hint = "it should end in .vmdk, or be a folder that is there"
+        raise OptionError(None, why=f"{path} is no name of an image", hint=hint)
+    folder = os.path.dirname(path) or os.curdir
+    try:
+        os.stat(folder)
+    except FileNotFoundError as error:
+        raise FileMissing(folder, hint="make that folder first") from error
+    except OSError as error:
+        raise StorageError.of(error, folder, "look at") from error
     return path
 
 

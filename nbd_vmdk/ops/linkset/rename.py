@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.errors import FileExists, FileMissing, OptionError, StorageError, WriteRefused
+from nbd_vmdk.errors import FileExists, FileMissing, OptionError, WriteRefused
 from nbd_vmdk.link import Link
 from nbd_vmdk.look import find_owner, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
@@ -102,7 +102,6 @@ def rename(
     chosen = files.opening(options, locks=not dry_run)
     source = files.whole_image_in(old, chosen, "mv", os.fspath(old), os.fspath(new))
     path = target_path(new, os.path.basename(source))
-    _check_folder(path)
     if not os.path.lexists(source) and os.path.lexists(path):
         return _finish(source, path, dry_run=dry_run)
     place = files.Place(old, chosen, mend=not dry_run)
@@ -306,16 +305,6 @@ def _finish(source: str, path: str, *, dry_run: bool) -> Renamed:
             drop_name(old, new)
         files.remove_files(left)
     return found
-
-
-def _check_folder(path: str) -> None:
-    folder = os.path.dirname(path) or os.curdir
-    try:
-        os.stat(folder)
-    except FileNotFoundError as error:
-        raise FileMissing(folder, hint="make that folder first") from error
-    except OSError as error:
-        raise StorageError.of(error, folder, "look at") from error
 
 
 def _is_same(one: str, two: str) -> bool:

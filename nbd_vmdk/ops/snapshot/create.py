@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from nbd_vmdk.errors import OptionError, StorageError, WriteRefused
+from nbd_vmdk.errors import FileMissing, OptionError, StorageError, WriteRefused
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.rewrite import real_path, sync_folder
 from nbd_vmdk.ops.snapshot import files
@@ -73,10 +73,13 @@ def _child_path(parent: LinkFile, wanted: str | None) -> str:
             return os.path.join(wanted, next_clone(parent.name, os.listdir(wanted)))
     except ValueError as error:
         raise OptionError(None, why=str(error), hint="name the child yourself") from None
+    except FileNotFoundError as error:
+        raise FileMissing(wanted, hint="make that folder first") from error
     except OSError as error:
         raise StorageError.of(error, wanted, "list") from error
     if not wanted.lower().endswith(".vmdk"):
-        raise OptionError(None, why=f"{wanted} is no name of an image", hint="it should end in .vmdk")
+        hint = "it should end in .vmdk, or be a folder that is there"
+        raise OptionError(None, why=f"{wanted} is no name of an image", hint=hint)
     return wanted
 
 
