@@ -15,7 +15,7 @@ from nbd_vmdk.look import kind_of, vmdk_names
 from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.localfolder import LocalFolder
-from nbd_vmdk.vm.found import FoundDisk, alone, name_uniquely, natural, only_disk
+from nbd_vmdk.vm.found import FoundDisk, alone, listed, name_uniquely, natural, only_disk
 
 __all__ = ["FoundDisk", "container_of", "find_all", "find_disks", "leads_to_disks", "locate"]
 
@@ -164,7 +164,7 @@ def _choose(disks: Sequence[FoundDisk], container: str, wanted: str) -> FoundDis
     ]
     if len(named) == 1:
         return named[0]
-    hint = "there is " + ", ".join(disk.name for disk in disks) if disks else None
+    hint = f"there is {listed(disks)}" if disks else None
     raise NotVmdk(container, what=f"no disk {wanted!r} in it", hint=hint)
 
 

@@ -104,14 +104,32 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     ]
 
 
+def listed(disks: Sequence[FoundDisk], path: str | None = None) -> str:
+    """How each of several disks may be named; with ``path`` that and a colon stand before it.
+
+    A machine's disk is named by its place, which it keeps when a snapshot gives it another file; any other
+    by its file.
+    """
+    from nbd_vmdk.ondisk.vmx import node_order  # seldom needed
+
+    shown = []
+    for disk in disks[:_LISTED]:
+        if node_order(disk.place) is not None:
+            word = disk.place if path is None else f"{path}:{disk.place}"
+            shown.append(f"{shlex.quote(word)} ({disk.name})")
+        else:
+            shown.append(disk.name if path is None else shlex.quote(disk.alone))
+    return ", ".join(shown) + (" ..." if len(disks) > _LISTED else "")
+
+
 def only_disk(disks: Sequence[FoundDisk], path: str, what: str) -> FoundDisk:
     """The only one of ``disks``; NotVmdk says how to name one of several.  Its fault, if any, is raised."""
     if not disks:
         raise NotVmdk(path, what=f"{what} without a .vmdk in it")
     if len(disks) > 1:
-        shown = ", ".join(shlex.quote(disk.alone) for disk in disks[:_LISTED])
-        hint = f"name one of them: {shown}" + (" ..." if len(disks) > _LISTED else "")
-        raise NotVmdk(path, what=f"{what} with {len(disks)} disks", hint=hint)
+        raise NotVmdk(
+            path, what=f"{what} with {len(disks)} disks", hint=f"name one of them: {listed(disks, path)}"
+        )
     if disks[0].fault is not None:
         raise disks[0].fault
     return disks[0]

@@ -165,11 +165,12 @@ def test_a_machines_disks_in_bus_order(tmp_path: Path) -> None:
     assert shown(f"{vmx}:b.vmdk") == "b"
     assert shown(f"{vmx}:ide0:0") == "c"
     for wrong in ("d.vmdk", "scsi0:2", "", "../a.vmdk", "a"):
-        with pytest.raises(NotVmdk, match="no disk"):
+        with pytest.raises(NotVmdk, match="no disk") as caught:
             shown(f"{vmx}:{wrong}")
+        assert caught.value.hint == "there is scsi0:0 (a.vmdk), scsi0:1 (b.vmdk), ide0:0 (c.vmdk)"
     with pytest.raises(NotVmdk, match="a machine with 3 disks") as caught:
         shown(vmx)
-    assert f"{vmx}:a.vmdk" in str(caught.value.hint)
+    assert str(caught.value.hint).startswith(f"name one of them: {vmx}:scsi0:0 (a.vmdk), {vmx}:scsi0:1 (b.v")
 
 
 def test_a_machine_takes_the_current_link(tmp_path: Path) -> None:

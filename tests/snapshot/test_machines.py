@@ -92,7 +92,7 @@ def test_a_machine_with_several_disks(tmp_path: Path) -> None:
     vmx = machine(tmp_path, BASE, "far/second.vmdk", "gone.vmdk")
     with pytest.raises(NotVmdk, match="3 disks") as caught:
         create_child(vmx)
-    assert f"{vmx}:{BASE}" in str(caught.value.hint)
+    assert f"{vmx}:scsi0:0 ({BASE})" in str(caught.value.hint)
     rows, warnings = list_links(vmx)
     assert [(row.link.name, row.current) for row in rows] == [
         (BASE, ("vm.vmx scsi0:0",)),
