@@ -49,7 +49,7 @@ def info(image: str, as_json: bool, **options: Any) -> int:
     fault = facts.get("error")
     if as_json:
         output.json_object({key: value for key, value in facts.items() if key != "schema"})
-    else:
+    elif facts.keys() - {"schema", "filename", "error"}:
         _show(facts)
     for warning in facts.get("warnings", ()):
         output.log.warning("%s", warning)
