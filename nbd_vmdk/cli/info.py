@@ -41,7 +41,8 @@ def info(image: str, as_json: bool, **options: Any) -> int:
     """Show what IMAGE is: kind, sizes, extents, and the chain of its parents.
 
     What can't be opened is described as far as it can be, with the fault; the exit code is then 3 if the
-    image is damaged, and 1 otherwise.
+    image is damaged, and 1 otherwise.  Of a machine, an appliance or a folder with several disks, these are
+    listed.
     """
     from nbd_vmdk.ops.info import image_info
 

@@ -24,7 +24,7 @@ from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import MIB, SECTOR
-from nbd_vmdk.vm import locate
+from nbd_vmdk.vm import FoundDisk, find_disks, locate
 
 _CACHE = MIB
 _DDB_FACTS = {
@@ -49,7 +49,7 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     try:
         found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
     except VmdkError as error:
-        return facts | {"error": error.as_dict()}
+        return facts | _several(path, chosen) | {"error": error.as_dict()}
     folder, name = found.folder, found.file
     fault: VmdkError | None = None
     try:
@@ -70,6 +70,25 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     if fault is not None:
         facts["error"] = fault.as_dict()
     return facts
+
+
+def _several(path: str | os.PathLike[str], options: OpenOptions) -> dict[str, Any]:
+    """The disks behind a path that leads to more than one, with the word for each."""
+    try:
+        found = find_disks(path, allow_dirs=options.allow_dirs, allow_devices=options.allow_devices)
+    except VmdkError:
+        return {}
+    return {"disks": [_one_of_several(disk) for disk in found]} if len(found) > 1 else {}
+
+
+def _one_of_several(disk: FoundDisk) -> dict[str, Any]:
+    descriptor = read_descriptor(disk.folder, disk.file) if disk.fault is None else None
+    return {
+        "name": disk.place or disk.name,
+        "virtual-size": None if descriptor is None else descriptor.total_sectors * SECTOR,
+        "filename": disk.path,
+        "state": "there" if disk.fault is None else disk.fault.message,
+    }
 
 
 def _close(links: Sequence[Link]) -> None:

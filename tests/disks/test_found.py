@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbd_vmdk.errors import FileMissing, FormatError, NotVmdk, OptionError, TrustError, VmdkError
+from nbd_vmdk.ops.info import image_info
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.vm import find_all, find_disks, leads_to_disks, locate
 from nbd_vmdk.vm.found import FoundDisk, name_uniquely
 from tests.disks import content, dictionary, faults, names, plugged, shown, sparse, stream
 from tests.images import desc
+from tests.images.content import MIB
 
 HERE = LocalFolder.for_folder("/")
 
@@ -171,6 +173,19 @@ def test_a_machines_disks_in_bus_order(tmp_path: Path) -> None:
     with pytest.raises(NotVmdk, match="a machine with 3 disks") as caught:
         shown(vmx)
     assert str(caught.value.hint).startswith(f"name one of them: {vmx}:scsi0:0 (a.vmdk), {vmx}:scsi0:1 (b.v")
+
+
+def test_what_is_known_of_several(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        sparse(tmp_path, name)
+    vmx = machine(tmp_path, ide0_0="gone.vmdk", scsi0_0="a.vmdk")
+    facts = image_info(vmx)
+    assert facts["error"]["message"] == "a machine with 2 disks"
+    there = {"name": "scsi0:0", "virtual-size": MIB, "filename": f"{tmp_path}/a.vmdk", "state": "there"}
+    gone = {"name": "ide0:0", "virtual-size": None, "filename": f"{tmp_path}/gone.vmdk"}
+    assert facts["disks"] == [there, gone | {"state": "no such file"}]
+    assert "disks" not in image_info(f"{vmx}:scsi0:0")
+    assert [disk["name"] for disk in image_info(tmp_path)["disks"]] == ["a.vmdk", "b.vmdk"]
 
 
 def test_a_machine_takes_the_current_link(tmp_path: Path) -> None:
