@@ -14,7 +14,7 @@ from nbd_vmdk.ondisk.vmx import MAX_DICTIONARY, MAX_DISKS, AttachedDisk, disks_o
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.vm.found import FoundDisk
 
-#: Snapshots that an error lists.
+#: Snapshots, or lists of them, that an error lists.
 _LISTED = 32
 
 
@@ -49,9 +49,18 @@ def _snapshots_of(folder: Folder, name: str) -> str:
     for other in lists:
         if other[: -len(".vmsd")] == stem:
             return other
-    if len(lists) != 1:
+    if not lists:
         raise OptionError(
-            folder.label(name), why=f"{len(lists)} snapshot lists beside it, and none is called {stem}.vmsd"
+            folder.label(name),
+            why=f"it has no snapshots: there is no {stem}.vmsd beside it",
+            hint="without --snapshot its disks are served as they are now",
+        )
+    if len(lists) > 1:
+        there = ", ".join(map(folder.label, lists[:_LISTED])) + (" ..." if len(lists) > _LISTED else "")
+        raise OptionError(
+            folder.label(name),
+            why=f"{len(lists)} snapshot lists beside it, and none is called {stem}.vmsd",
+            hint=f"name the one that is meant instead of {name}: {there}",
         )
     return lists[0]
 

@@ -314,9 +314,17 @@ def test_a_snapshot_that_is_not_there(snapshots: Path) -> None:
     assert "1 'first', 4 'second'" in str(caught.value.hint)
     with pytest.raises(OptionError, match="only of a machine"):
         find_disks(snapshots / "boot.vmdk", snapshot="first")
-    os.unlink(snapshots / "vm.vmsd")
-    with pytest.raises(OptionError, match="0 snapshot lists"):
+    os.rename(snapshots / "vm.vmsd", snapshots / "one.vmsd")
+    assert names(snapshots / "vm.vmx", snapshot="first") == ["boot.vmdk", "data.vmdk"]
+    dictionary(snapshots / "two.vmsd", {})
+    with pytest.raises(OptionError, match="2 snapshot lists beside it") as caught:
         find_disks(snapshots / "vm.vmx", snapshot="first")
+    assert f"{snapshots}/one.vmsd, {snapshots}/two.vmsd" in str(caught.value.hint)
+    os.unlink(snapshots / "one.vmsd")
+    os.unlink(snapshots / "two.vmsd")
+    with pytest.raises(OptionError, match="it has no snapshots") as caught:
+        find_disks(snapshots / "vm.vmx", snapshot="first")
+    assert caught.value.hint
 
 
 # Several paths
