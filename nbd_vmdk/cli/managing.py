@@ -30,9 +30,10 @@ def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dr
     for each in machines:
         line = f'{each.key} = "{each.new}"'
         if edited:
-            output.message("note", f"{each.file} {'would say' if dry_run else 'says'} {line} now")
+            output.message("note", f"{each.file} {'would say' if dry_run else 'now says'} {line}")
         else:
-            output.message("note", f"{each.file} must say {line} now; --edit-vm does that")
+            has_to = "would have to" if dry_run else "must now"
+            output.message("note", f"{each.file} {has_to} say {line}; --edit-vm does that")
 
 
 def as_given(path: str, *given: str) -> str:

@@ -408,9 +408,11 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "vm.vmx").write_text(f'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "{TOP}"\n')
     expected = shows(tmp_path / TOP)
     assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk"), "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert 'vm.vmx would have to say scsi0:0.fileName = "new.vmdk"; --edit-vm does that\n' in said.err
     assert main(["rename", str(tmp_path / TOP), str(tmp_path / "new.vmdk")]) == 0
     said = capsys.readouterr()
-    assert 'vm.vmx must say scsi0:0.fileName = "new.vmdk"' in said.err
+    assert 'vm.vmx must now say scsi0:0.fileName = "new.vmdk"; --edit-vm does that\n' in said.err
     assert main(["clone", str(tmp_path / "new.vmdk"), str(tmp_path / "copy.vmdk"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["files"]) == 3

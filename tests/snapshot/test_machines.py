@@ -254,7 +254,7 @@ def test_the_machine_goes_back_to_the_parent(tmp_path: Path, capsys: pytest.Capt
     now = vmx.read_bytes()
     assert main(["snapshot", "delete", str(tmp_path / MIDDLE), "--edit-vm"]) == 0
     said = capsys.readouterr().err
-    assert "vm.vmx would say" in said
+    assert f'vm.vmx would say scsi0:0.fileName = "C:\\vms\\{BASE}"\n' in said
     assert f"note: {base}: nobody may write to it until you allow that again: chmod u+w" in said
     assert (vmx.read_bytes(), names_in(tmp_path)) == (now, {BASE, MIDDLE, "vm.vmx"})
     assert main(["snapshot", "delete", str(vmx), "--edit-vm", "--apply", "--json"]) == 0
