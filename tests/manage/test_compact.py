@@ -19,9 +19,11 @@ from nbd_vmdk.cli import main
 from nbd_vmdk.converting.conversion import convert
 from nbd_vmdk.errors import InUse, VmdkError, WriteRefused
 from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.compact import compact
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import KIB, MIB
+from tests.images import content, desc, ova
 from tests.manage import KINDS, faults, make
 from tests.snapshot import by_qemu, killed_at, make_chain, make_child, names_in, needs_qemu, scribble, shows
 
@@ -69,6 +71,21 @@ def test_zeros_are_given_back(tmp_path: Path, kind: str, rewrite: bool) -> None:
     assert (again.freed, again.unused) == (0, 0)
     scribble(path, 3, 30)
     assert shows(path) == by_qemu(path)
+
+
+def test_what_check_finds_unused_is_given_back(tmp_path: Path) -> None:
+    image = desc.monolithic_sparse(str(tmp_path), "disk", content.Content.of(b"1" * MIB), gap_sectors=128)
+    packed = ova.write_ova(str(tmp_path / "a.ova"), [ova.Disk(image.path, image.size)])
+
+    def repair(path: str) -> str:
+        (finding,) = check_image(path).findings
+        assert finding.slug == "unused-space"
+        return str(finding.repair)
+
+    assert "nbd-vmdk compact" in repair(image.path)
+    assert "converting" in repair(packed.path)  # an appliance stays as it is
+    compact(image.path)
+    assert check_image(image.path).findings == []
 
 
 @pytest.mark.parametrize("base", ["monolithicSparse", "monolithicFlat", "vmfs", "twoGbMaxExtentSparse"])

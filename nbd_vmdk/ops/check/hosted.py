@@ -160,11 +160,14 @@ def report_unused(rules: Rules, found: Survey) -> None:
         if is_data
     )
     if wasted >= rules.unit * SECTOR:
+        way = "nbd-vmdk compact gives them back"
+        if rules.subject.file.folder.read_only is not None:
+            way = "converting the image gives a compact one"
         rules.subject.warning(
             "unused-space",
             f"{format_size(wasted)} of the file belong to no grain",
             "none: the file is larger than it needs to be",
-            "none is needed; converting the image gives a compact one",
+            f"none is needed; {way}",
             at=found.gaps[0][0] * SECTOR,
         )
 
