@@ -328,9 +328,9 @@ class NbdError(VmdkError):
     slug = "nbd"
 
     @classmethod
-    def of(cls, uri: str, why: str, number: int) -> "NbdError":
+    def of(cls, uri: str, why: str, number: int, hint: str | None = None) -> "NbdError":
         """The error with this ``errno``; EIO if there is none."""
-        made = cls(uri, why=why)
+        made = cls(uri, why=why, hint=hint)
         made.errno = number or _errno.EIO
         return made
 

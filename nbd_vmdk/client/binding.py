@@ -13,6 +13,7 @@ What is known of the binding (1.14) and heeded by connection.py:
 """
 
 import errno
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,6 +115,28 @@ def error_class() -> type["nbd.Error"]:
     import nbd
 
     return nbd.Error
+
+
+def in_words(error: "nbd.Error") -> str:
+    """What libnbd says, without the name of the function that said it."""
+    return error.string.split(": ", 1)[-1] if error.string.startswith("nbd_") else error.string
+
+
+def unreachable(uri: str, reason: str, number: int) -> NbdError:
+    """That no connection came about: libnbd's words, which begin with how far it got, and its errno."""
+    hint = None
+    reached, _, why = reason.partition(": ")
+    match reached:
+        case "connect":
+            hint = f"is the server running? nbdinfo {shlex.quote(uri)} tries to reach it"
+        case "getaddrinfo":
+            hint = "is the host's name right?"
+        case "handshake":
+            if number == errno.ENOENT:
+                hint = f"nbdinfo --list {shlex.quote(uri)} tells what it offers"
+        case _:
+            why = reason
+    return NbdError.of(uri, f"can't connect: {why}", number, hint)
 
 
 def describe(handle: "nbd.NBD", uri: str, name: str, description: str = "") -> Export:

@@ -28,8 +28,10 @@ from nbd_vmdk.client.binding import (
     Tls,
     describe,
     error_class,
+    in_words,
     new_handle,
     refuse_unverified,
+    unreachable,
 )
 from nbd_vmdk.errors import NbdError
 
@@ -86,12 +88,12 @@ class Connection:
             else:
                 await asyncio.to_thread(handle.aio_connect_uri, self.uri)
         except self._error as error:
-            raise self._refusal(error) from error
+            raise unreachable(self.uri, in_words(error), error.errnum or errno.EIO) from error
         self._arm()
         try:
             await self._until(handle.aio_is_negotiating if listing else handle.aio_is_ready)
         except NbdError as error:
-            raise NbdError.of(self.uri, f"can't connect: {self._reason}", self._number) from error
+            raise unreachable(self.uri, self._reason, self._number) from error
         self._settled = not listing
 
     def describe(self, name: str, description: str = "", uri: str | None = None) -> Export:
@@ -299,7 +301,7 @@ class Connection:
             self._fd = -1
 
     def _note(self, error: "nbd.Error") -> None:
-        self._reason = _in_words(error)
+        self._reason = in_words(error)
         self._number = error.errnum or errno.ENOTCONN
 
     def _wake(self) -> None:
@@ -330,7 +332,7 @@ class Connection:
         return NbdError.of(self.uri, f"the connection is lost: {self._reason}", errno.ENOTCONN)
 
     def _refusal(self, error: "nbd.Error") -> NbdError:
-        return NbdError.of(self.uri, _in_words(error), error.errnum or errno.EIO)
+        return NbdError.of(self.uri, in_words(error), error.errnum or errno.EIO)
 
     # Ending
 
@@ -363,8 +365,3 @@ class Connection:
         self._wake()
         # libnbd closes the socket, and lets go of the buffers, when nobody holds its handle any more.
         del self._handle
-
-
-def _in_words(error: "nbd.Error") -> str:
-    """What libnbd says, without the name of the function that said it."""
-    return error.string.split(": ", 1)[-1] if error.string.startswith("nbd_") else error.string

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self, TypeVarTuple, Unpack
 
-from nbd_vmdk.client.binding import ZERO, Export, describe, error_class, new_handle
+from nbd_vmdk.client.binding import (
+    ZERO,
+    Export,
+    describe,
+    error_class,
+    in_words,
+    new_handle,
+    unreachable,
+)
 from nbd_vmdk.errors import NbdError
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.units import GIB, MIB, align_down, align_up
@@ -54,11 +62,11 @@ class NbdEnd:
         try:
             handle.connect_uri(self.name)
         except self._failed as error:
-            raise self._told(error) from error
+            raise unreachable(self.name, in_words(error), error.errnum or 0) from error
         return handle
 
     def _told(self, error: "nbd.Error") -> NbdError:
-        return NbdError.of(self.name, error.string, error.errnum or 0)
+        return NbdError.of(self.name, in_words(error), error.errnum or 0)
 
     @contextmanager
     def _handle(self) -> "Iterator[nbd.NBD]":

@@ -171,10 +171,23 @@ def test_nobody_there(tmp_path: Path) -> None:
 
     gone = run(attempt(f"nbd+unix:///?socket={tmp_path}/s"))
     assert gone.errno == errno.ENOENT
-    assert "No such file" in str(gone)
+    assert "can't connect: No such file" in str(gone)
+    assert f"is the server running? nbdinfo 'nbd+unix:///?socket={tmp_path}/s'" in str(gone.hint)
     assert run(attempt("nbd://localhost:1")).errno == errno.ECONNREFUSED
     assert run(attempt("disk.vmdk")).errno == errno.EINVAL
     assert run(attempt("http://localhost/")).errno == errno.EINVAL
+
+
+def test_no_such_export() -> None:
+    async def main(uri: str) -> None:
+        wrong = uri.replace("nbd+unix:///", "nbd+unix:///wrong")
+        with pytest.raises(NbdError, match=r"can't connect: .*'wrong'") as caught:
+            async with client.connect(wrong):
+                pass
+        assert caught.value.hint == f"nbdinfo --list '{wrong}' tells what it offers"
+
+    with nbdkit("--filter=exportname", "memory", "1M", "exportname=right", "exportname-strict=true") as kit:
+        run(main(kit.uri))
 
 
 @pytest.mark.parametrize("said", [b"", b"SSH-2.0-OpenSSH_9\r\n", b"NBDMAGICIHAVEOPT\0\1", bytes(200)])

@@ -100,8 +100,10 @@ def test_a_server_that_fails(tmp_path: Path) -> None:
 
 
 def test_no_server(tmp_path: Path) -> None:
-    with pytest.raises(NbdError):
-        convert(f"nbd+unix:///?socket={tmp_path}/none", tmp_path / "b.vmdk")
+    uri = f"nbd+unix:///?socket={tmp_path}/none"
+    with pytest.raises(NbdError, match="can't connect: No such file") as caught:
+        convert(uri, tmp_path / "b.vmdk")
+    assert f"is the server running? nbdinfo '{uri}'" in str(caught.value.hint)
 
 
 def test_size_that_is_no_number_of_blocks(tmp_path: Path) -> None:
