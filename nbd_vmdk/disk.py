@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
-from nbd_vmdk.errors import NotFast, OptionError, OutOfRange, WriteRefused
+from nbd_vmdk.errors import NotFast, OutOfRange, WriteRefused
 from nbd_vmdk.extents.base import NOTHING, Below, Edges, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import Link
@@ -466,10 +466,7 @@ def open_disk(path: str | os.PathLike[str], **options: Any) -> Disk:
     for reading unless ``writable=True``.  Raises VmdkError: ``str(error)`` says what is wrong, ``error.hint``
     what to do.
     """
-    try:
-        chosen = OpenOptions(**options)
-    except TypeError as error:
-        raise OptionError(None, why=str(error)) from None
+    chosen = OpenOptions.of(**options)
     found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
     return open_found(found, chosen)
 

@@ -5,8 +5,11 @@ The Python API takes them as keywords, the command line as ``--option-name`` and
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
+from nbd_vmdk.errors import OptionError
 from nbd_vmdk.units import MIB
 
 DEFAULT_CACHE_SIZE = 64 * MIB
@@ -26,6 +29,8 @@ class OpenOptions:
     drop_ctk      remove the change-tracking lines that writing would turn into a lie
     locks         keep other processes from writing it meanwhile; without, they are only looked for
     cache_size    bytes for tables and inflated grains, shared by all that is opened together
+
+    Raises OptionError for a keyword that is none of these.
     """
 
     writable: bool = False
@@ -38,3 +43,22 @@ class OpenOptions:
     drop_ctk: bool = False
     cache_size: int = DEFAULT_CACHE_SIZE
     locks: bool = True
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """What a caller has named; OptionError, in words for people, for what is no option."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise no_option(name, known)
+        return cls(**options)
+
+
+def no_option(name: str, known: Sequence[str], hint: str | None = None) -> OptionError:
+    """That there is no option ``name``; where no hint is given it is those like it, or all there are."""
+    from difflib import get_close_matches  # seldom needed
+
+    if hint is None:
+        near = get_close_matches(name, known, 3)
+        hint = f"is it {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return OptionError(None, why=f"no option {name!r}", hint=hint)

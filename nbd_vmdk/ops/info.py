@@ -43,7 +43,7 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     Nothing is locked and nothing is changed.  If the image can't be opened, ``error`` says why and the other
     facts are what could be found out all the same.  Raises nothing but OptionError.
     """
-    chosen = OpenOptions(**{**options, "locks": False, "writable": False, "cache_size": _CACHE})
+    chosen = OpenOptions.of(**{**options, "locks": False, "writable": False, "cache_size": _CACHE})
     facts: dict[str, Any] = {"schema": 1, "filename": os.fspath(path)}
     links: list[Link] = []
     try:

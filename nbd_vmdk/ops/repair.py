@@ -173,7 +173,7 @@ def undo_repair(path: str | os.PathLike[str], **options: Any) -> list[str]:
 
 
 def _opened(path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Folder, str, OpenOptions]:
-    chosen = OpenOptions(**options, locks=False, cache_size=MIB)
+    chosen = OpenOptions.of(**options, locks=False, cache_size=MIB)
     found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
     return found.folder, found.file, chosen
 

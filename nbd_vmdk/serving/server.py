@@ -7,13 +7,14 @@ closed, which releases their locks, and nbdkit (see supervisor.py) opens them ag
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any
 
 from nbd_vmdk.errors import OptionError, ServerError
-from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.options import OpenOptions, no_option
 from nbd_vmdk.serving.address import Address
 from nbd_vmdk.serving.asking import SUFFIX
 from nbd_vmdk.serving.handshake import Export
@@ -32,7 +33,8 @@ from nbd_vmdk.serving.worker import log
 DEFAULT_THREADS = 8
 
 #: Options of opening that are not for who serves to choose.
-_OURS = {"writable", "locks"}
+_OURS = ("writable", "locks")
+_OPENING = tuple(field.name for field in fields(OpenOptions) if field.name not in _OURS)
 
 __all__ = [
     "Checked",
@@ -112,11 +114,8 @@ async def serve(
 
     Raises what :func:`~nbd_vmdk.open_disk` raises, InUse if the address is taken, and ServerError.
     """
-    try:
-        wanted = OpenOptions(writable=not read_only, locks=True, **options)
-    except TypeError as error:
-        hint = "read_only says whether a server writes; it always locks" if _OURS & options.keys() else None
-        raise OptionError(None, why=str(error), hint=hint) from None
+    _check_options(options)
+    wanted = OpenOptions(writable=not read_only, locks=True, **options)
     overlays = Overlays(scratch, scratch_dir, overlay)
     overlays.check(wanted)
     address = Address(socket, socket_mode, socket_group, port, bind, vsock, activated)
@@ -163,6 +162,16 @@ async def serve(
         server.exports = [replace(export, kind=kinds.get(export.name, "")) for export in server.exports]
         async with _until_stopped(server):
             yield server
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Raise OptionError for what is no option of opening, or not one for who serves."""
+    for name in options:
+        if name not in _OPENING:
+            ours = signature(serve).parameters.values()
+            own = [each.name for each in ours if each.kind is each.KEYWORD_ONLY]
+            hint = "read_only says whether a server writes; it always locks" if name in _OURS else None
+            raise no_option(name, [*own, *_OPENING], hint)
 
 
 def _check_workers(workers: int, *, read_only: bool, max_connections: int | None) -> None:

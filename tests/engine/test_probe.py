@@ -89,6 +89,17 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert "device" in str(refused("/dev/null", TrustError))
 
 
+def test_what_is_no_option(tmp_path: Path) -> None:
+    for name, hint in (
+        ("foo", "there are writable, parent, "),
+        ("writeable", "is it writable or "),
+        ("drop_ctx", "is it drop_ctk?"),
+    ):
+        caught = refused(str(tmp_path), OptionError, **{name: True})
+        assert str(caught) == f"no option '{name}'"
+        assert str(caught.hint).startswith(hint)
+
+
 def test_packed_as_gzip(tmp_path: Path) -> None:
     image = desc.stream_optimized(str(tmp_path), "disk", ODD)
     packed = desc.gzip_image(image.path)

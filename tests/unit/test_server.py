@@ -586,6 +586,15 @@ def test_serve_refuses_what_makes_no_sense() -> None:
     for options in ({"socket": "s", "port": 1}, {"bind": "::1"}, {"threads": 0}, {"colour": "blue"}):
         with pytest.raises(OptionError):
             run(attempt(**options))
+    for name, hint in (
+        ("prot", "is it port"),
+        ("write_paren", "is it write_parent"),
+        ("locks", "it always locks"),
+        ("colour", "vsock, activated, tls"),
+    ):
+        with pytest.raises(OptionError, match=f"^no option '{name}'$") as caught:
+            run(attempt(**{name: 1}))
+        assert hint in str(caught.value.hint)
 
 
 def test_serve_checks_first_and_then_serves(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:

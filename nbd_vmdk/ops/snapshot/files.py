@@ -137,7 +137,7 @@ def _machine_folder(path: str, image: str, options: OpenOptions) -> Iterator[Fol
 
 def opening(options: dict[str, Any], **more: Any) -> OpenOptions:
     """The options of one operation, for opening what belongs to its image."""
-    return OpenOptions(**{"cache_size": CACHE, **options, **more})
+    return OpenOptions.of(**{"cache_size": CACHE, **options, **more})
 
 
 def hold(held: ExitStack, link: LinkFile) -> DescriptorFile:
