@@ -19,8 +19,10 @@ from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.look import head_of, read_descriptor
-from nbd_vmdk.ondisk.descriptor import Descriptor
+from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine
+from nbd_vmdk.ondisk.hosted import parse_header
 from nbd_vmdk.ondisk.probe import FileKind, identify
+from nbd_vmdk.opener import own_line
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import MIB, SECTOR
@@ -201,11 +203,12 @@ def _of_file(folder: Folder, name: str) -> dict[str, Any]:
         return {}
     try:
         facts: dict[str, Any] = {"actual-size": storage.allocated}
-        kind = identify(head_of(storage))
+        head = head_of(storage)
     except VmdkError:
         return {}
     finally:
         storage.close()
+    kind = identify(head)
     facts["file-kind"] = kind.value
     if kind not in (*_NOT_VMDK, FileKind.TAR):
         facts["format"] = "vmdk"
@@ -213,21 +216,39 @@ def _of_file(folder: Folder, name: str) -> dict[str, Any]:
     if descriptor is not None:
         facts["virtual-size"] = descriptor.total_sectors * SECTOR
         data: dict[str, Any] = {"create-type": descriptor.create_type, **_content_ids(descriptor)}
-        data["extents"] = list(_named_extents(folder, descriptor))
+        data["extents"] = list(_named_extents(folder, name, descriptor, head))
         facts["format-specific"] = {"type": "vmdk", "data": data}
         if descriptor.has_parent and descriptor.parent_hint is not None:
             facts["backing-filename"] = descriptor.parent_hint
     return facts
 
 
-def _named_extents(folder: Folder, descriptor: Descriptor) -> Iterator[dict[str, Any]]:
+def _own_line(name: str, descriptor: Descriptor, head: bytes) -> ExtentLine | None:
+    """The line that means the file itself, which begins with ``head``; None if none does."""
+    lines = [line for line in descriptor.extents if line.sectors]
+    if identify(head) is not FileKind.HOSTED or not lines:
+        return None
+    try:
+        header = parse_header(head, name)
+    except VmdkError:
+        return None
+    return None if header.is_wrapper else own_line(name, lines, header)
+
+
+def _named_extents(
+    folder: Folder, name: str, descriptor: Descriptor, head: bytes
+) -> Iterator[dict[str, Any]]:
+    """What the descriptor of the file ``name``, which begins with ``head``, says of its extents."""
+    own = _own_line(name, descriptor, head)
     for line in descriptor.extents:
         facts: dict[str, Any] = {
             "virtual-size": line.sectors * SECTOR,
             "format": line.type,
             "access": line.access,
         }
-        if line.name is not None:
+        if line is own:
+            facts |= {"filename": folder.label(name), "state": "there"}
+        elif line.name is not None:
             facts["filename"] = line.name
             try:
                 folder.open(line.name).close()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nbd_vmdk.cli import main
+from nbd_vmdk.ops.info import image_info
 from tests.breaking import BREAKS, CONTENT, sparse, streamed
 from tests.images import cut, desc, ova, poke
 from tests.images.content import MIB, SECTOR, Content
@@ -225,6 +226,21 @@ def test_a_part_of_a_disk_leads_to_the_disk(tmp_path: Path, capsys: pytest.Captu
         image = make(str(tmp_path), "disk", CONTENT)
         _code, lines = said(capsys, "info", str(tmp_path / part))
         assert lines[1] == f"hint: open {image.path} instead", lines
+
+
+@pytest.mark.parametrize("name", ["footer-cut", "tables-cut-off"])
+def test_a_disk_that_was_renamed_and_cut_off(tmp_path: Path, name: str) -> None:
+    """The name in its descriptor means it all the same, and no file that is called so."""
+    disk = Path(broken(name, tmp_path))
+    for other in (False, True):
+        renamed = disk.rename(tmp_path / "renamed.vmdk")
+        if other:
+            disk.touch()
+        facts = image_info(renamed)
+        assert facts["error"]["error"] == "truncated"
+        (extent,) = facts["format-specific"]["data"]["extents"]
+        assert (extent["filename"], extent["state"]) == (str(renamed), "there")
+        renamed.rename(disk)
 
 
 def test_damage_in_an_archive_is_not_to_be_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
