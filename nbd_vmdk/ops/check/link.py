@@ -5,14 +5,14 @@ from typing import Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import FileMissing, FormatError, TrustError, Unsupported, VmdkError
-from nbd_vmdk.look import embedded_text, spellings
+from nbd_vmdk.look import embedded_text, head_of, spellings
 from nbd_vmdk.ondisk.descriptor import (
     MAX_DESCRIPTOR,
     Descriptor,
     ExtentLine,
 )
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
-from nbd_vmdk.ondisk.probe import PROBE_LENGTH, FileKind, identify
+from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.opener import open_link, own_line
 from nbd_vmdk.ops.check.context import Context, Subject
 from nbd_vmdk.ops.check.descriptor import check_descriptor, report_lost
@@ -91,7 +91,7 @@ class LinkCheck:
         return Subject(self._context, file, storage, start, sectors, self._has_parent, self._depth)
 
     def _run(self, storage: Storage, file: ImageFile) -> None:
-        head = storage.read(0, min(PROBE_LENGTH, storage.size))
+        head = head_of(storage)
         kind = identify(head)
         subject = self._subject(file, storage)
         if kind is FileKind.DESCRIPTOR:
@@ -222,7 +222,7 @@ class LinkCheck:
             if is_raw(line):
                 self._flat(subject, line)
                 return
-            head = subject.storage.read(0, min(PROBE_LENGTH, subject.storage.size))
+            head = head_of(subject.storage)
             kind = identify(head)
             if kind not in SPARSE_KINDS:
                 from nbd_vmdk.ops.check.hosted import find_footer
