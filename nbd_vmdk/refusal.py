@@ -1,15 +1,17 @@
 """What is said of a file that can't be opened: what it is, which one is meant, and what can be done."""
 
+import os
 import re
 from typing import Final
 
 from nbd_vmdk.errors import FormatError, NotVmdk, VmdkError, printable
 from nbd_vmdk.extents.stream import has_footer
-from nbd_vmdk.look import EXTENT_SUFFIX, find_owner
+from nbd_vmdk.look import EXTENT_SUFFIX, find_owner, read_descriptor
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.probe import FileKind, describe_other
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import SECTOR
 
 _SIZE_HINT: Final = "serve it with the descriptor that belongs to it"
@@ -18,7 +20,9 @@ _FROM_RAW: Final = "of a raw disk a VMDK is made by: nbd-vmdk convert --from raw
 _BOOT_AT: Final = 510
 _BOOT: Final = b"\x55\xaa"
 #: Where a hint leaves room for the disk's name.
-_IMAGE: Final = re.compile(r"(?:(?<=nbd-vmdk check )|(?<=nbd-vmdk repair ))IMAGE(?=[ ;,]|$)")
+_IMAGE: Final = re.compile(
+    r"(?:(?<=nbd-vmdk check )|(?<=nbd-vmdk check --data )|(?<=nbd-vmdk repair ))IMAGE(?=[ ;,]|$)"
+)
 
 
 def refusal(folder: Folder, name: str, storage: Storage, kind: FileKind, head: bytes) -> VmdkError:
@@ -66,5 +70,28 @@ def advise(error: VmdkError, folder: Folder, name: str) -> None:
         return
     if folder.read_only is None:
         error.hint = printable(_IMAGE.sub(lambda _: folder.label(name), error.hint))
-    elif isinstance(error, FormatError) and error.hint == type(error).hint_template:
-        error.hint = "the file is damaged, or was cut off: get it again"  # nothing in an archive is mended
+    else:
+        _unmendable(error)
+
+
+def advise_late(error: VmdkError) -> None:
+    """As advise(), for an error that a read met, of which nobody knows more than the file."""
+    if error.file is None or error.hint is None or not _IMAGE.search(error.hint):
+        return
+    if not os.path.lexists(error.file):
+        _unmendable(error)  # it is in an archive, or gone
+        return
+    try:
+        folder, name = LocalFolder.for_image(error.file)
+    except VmdkError:
+        return
+    if read_descriptor(folder, name) is None:
+        name = find_owner(folder, name) or name
+    advise(error, folder, name)
+
+
+def _unmendable(error: VmdkError) -> None:
+    """Leave out of the hint what looks at the disk or mends it: in an archive it stays as it is."""
+    if error.hint is not None and _IMAGE.search(error.hint):
+        kept = [part for part in error.hint.split("; ") if not _IMAGE.search(part)]
+        error.hint = "; ".join(kept) or "the file is damaged, or was cut off: get it again"

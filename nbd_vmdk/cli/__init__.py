@@ -170,6 +170,7 @@ def _usage(wrong: click.UsageError, as_json: bool) -> int:
 
 
 def _failed(error: VmdkError, as_json: bool) -> int:
+    error = output.advised(error)
     try:
         if as_json:
             output.json_object({"error": error.as_dict()})

@@ -62,6 +62,7 @@ def compare(
         ):
             found = comparing.compare(one, other, limit=limit or None, first_only=first, progress=told)
     except VmdkError as error:
+        error = output.advised(error)
         if as_json:
             output.json_object({"error": error.as_dict()})
         output.error(error)

@@ -85,6 +85,15 @@ def message(word: str, text: str) -> None:
     sys.stderr.flush()
 
 
+def advised(error: VmdkError) -> VmdkError:
+    """An error that may have come up in reading, with the disk's name where its hint has room for that."""
+    if error.hint is not None and "IMAGE" in error.hint:
+        from nbd_vmdk.refusal import advise_late  # seldom needed
+
+        advise_late(error)
+    return error
+
+
 def error(what: VmdkError) -> None:
     """An error and what to do about it, on stderr."""
     message("error", str(what))

@@ -27,8 +27,8 @@ SALVAGE = (
     "nbd-vmdk repair DISK shows what can be mended; to read what is left of it, add --salvage: "
     "what was lost gives read errors"
 )
-TABLES = "what other tables map can still be read; nbd-vmdk repair IMAGE shows what can be mended"
-GRAIN = "get the file again; nbd-vmdk check --data IMAGE lists all grains that are damaged"
+TABLES = "what other tables map can still be read; nbd-vmdk repair DISK shows what can be mended"
+GRAIN = "get the file again; nbd-vmdk check --data DISK lists all grains that are damaged"
 
 #: Breaks that no command opens: (file, a part of the error, the hint).
 OPENING = {
@@ -83,15 +83,15 @@ OPENING = {
 #: Breaks that are met only where a grain is read.
 READING = {
     "gde-both": ("disk.vmdk", "grain directory entry 1 is 0xffffff", TABLES),
-    "gte-past-end": ("disk.vmdk", "the file ends too early for a read", CUT_LOOK.replace("DISK", "IMAGE")),
-    "gte-low": ("disk.vmdk", "points into the extent's own tables", LOOK.replace("DISK", "IMAGE")),
-    "stream-gte-past-end": ("disk.vmdk", "too early for grain 6", SALVAGE.replace("DISK", "IMAGE")),
+    "gte-past-end": ("disk.vmdk", "the file ends too early for a read", CUT_LOOK),
+    "gte-low": ("disk.vmdk", "points into the extent's own tables", LOOK),
+    "stream-gte-past-end": ("disk.vmdk", "too early for grain 6", SALVAGE),
     "stream-gte-other": ("disk.vmdk", "its marker is for guest sector 1024", GRAIN),
     "record-bits": ("disk.vmdk", "compressed grain 6 is damaged", GRAIN),
     "cowd-gde": ("disk-delta.vmdk", "grain directory entry 0 is 0xffffff", TABLES),
-    "cowd-gte-low": ("disk-delta.vmdk", "own directory", LOOK.replace("DISK", "IMAGE")),
-    "se-gde": ("disk-sesparse.vmdk", "names no grain table", LOOK.replace("DISK", "IMAGE")),
-    "se-state": ("disk-sesparse.vmdk", "not a state that is known", LOOK.replace("DISK", "IMAGE")),
+    "cowd-gte-low": ("disk-delta.vmdk", "own directory", LOOK),
+    "se-gde": ("disk-sesparse.vmdk", "names no grain table", LOOK),
+    "se-state": ("disk-sesparse.vmdk", "not a state that is known", LOOK),
 }
 
 #: Breaks that are met only by who wants to write.
@@ -138,7 +138,9 @@ def test_what_can_not_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def run_the_hint(capsys: pytest.CaptureFixture[str], line: str) -> None:
     """Commands in a hint that name a file are ones that there are, and look at it."""
-    for command in re.findall(r"nbd-vmdk ((?:check|repair) /\S+?(?: --also \S+)?)[ ,;)]", f"{line} "):
+    for command in re.findall(
+        r"nbd-vmdk ((?:check|check --data|repair) /\S+?(?: --also \S+)?)[ ,;)]", f"{line} "
+    ):
         code, lines = said(capsys, *shlex.split(command))
         assert code in (3, 4), (command, lines)
         assert not lines or lines[0].startswith("hint: "), (command, lines)
@@ -152,6 +154,7 @@ def test_what_can_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert code == 1
     expect(tmp_path, disk, lines, READING[name])
     assert not (tmp_path / "new.vmdk").exists()
+    run_the_hint(capsys, lines[1])
 
 
 @pytest.mark.parametrize("name", WRITING)
@@ -256,6 +259,35 @@ def test_damage_in_an_archive_is_not_to_be_mended(tmp_path: Path, capsys: pytest
     assert lines[1:] == [
         "hint: the archive was cut off, perhaps by an interrupted copy or download: get it again"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gte-low", "the file is damaged, or was cut off: get it again"),
+        ("record-bits", "get the file again"),
+        ("stream-gte-past-end", "to read what is left of it, add --salvage: what was lost gives read errors"),
+    ],
+)
+def test_what_can_not_be_read_in_an_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, hint: str
+) -> None:
+    disk = broken(name, tmp_path)
+    path = str(tmp_path / "vm.ova")
+    ova.write_ova(path, [ova.Disk(disk, CONTENT.size)])
+    _code, lines = said(capsys, "convert", path, str(tmp_path / "new.vmdk"))
+    assert lines[1:] == [f"hint: {hint}"]
+
+
+def test_the_disk_is_named_and_not_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = Content.random(4 * MIB, 5, density=1)
+    image = desc.split_sparse(str(tmp_path), "disk", content, extent_sectors=4096)
+    (tmp_path / "same.raw").write_bytes(content.read())
+    cut(str(tmp_path / "disk-s002.vmdk"), -MIB)
+    _code, lines = said(capsys, "convert", image.path, str(tmp_path / "new.vmdk"))
+    expect(tmp_path, image.path, lines, ("disk-s002.vmdk", "the file ends too early for a read", CUT_LOOK))
+    run_the_hint(capsys, lines[1])
+    assert said(capsys, "compare", image.path, str(tmp_path / "same.raw"))[1][1:] == lines[1:]
 
 
 def test_what_only_a_host_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
