@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from typing import Final
 
 from nbd_vmdk.errors import FormatError, NotVmdk, VmdkError, printable
@@ -69,7 +70,7 @@ def advise(error: VmdkError, folder: Folder, name: str) -> None:
     if error.hint is None:
         return
     if folder.read_only is None:
-        error.hint = printable(_IMAGE.sub(lambda _: folder.label(name), error.hint))
+        error.hint = printable(_IMAGE.sub(lambda _: shlex.quote(folder.label(name)), error.hint))
     else:
         _unmendable(error)
 

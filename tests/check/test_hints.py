@@ -290,6 +290,13 @@ def test_the_disk_is_named_and_not_its_part(tmp_path: Path, capsys: pytest.Captu
     assert said(capsys, "compare", image.path, str(tmp_path / "same.raw"))[1][1:] == lines[1:]
 
 
+def test_a_name_with_blanks_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "Windows 11.vmdk"
+    Path(broken("grain-size", tmp_path)).rename(disk)
+    _code, lines = said(capsys, "info", str(disk))
+    assert lines[1].startswith(f"hint: nbd-vmdk check '{disk}' tells"), lines
+
+
 def test_what_only_a_host_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     disk = tmp_path / "disk.vmdk"
     disk.write_bytes(desc.descriptor("vmfsRDM", [("RW", 2048, "VMFSRDM", "disk-rdm.vmdk")]))
