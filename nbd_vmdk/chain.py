@@ -6,6 +6,7 @@ folder.  The last two are guesses, taken only if the content ID is the expected 
 alone; VMware and we check that the parent still has the content ID that the child saw.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -152,7 +153,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
             child.name,
             parent=hint or "(no name given)",
             cid=cid,
-            hint=f"{where} has this content ID: --parent {where}",
+            hint=f"{where} has this content ID: --parent {shlex.quote(where)}",
         )
     if refused is not None:
         raise refused

@@ -53,7 +53,7 @@ def refusal(folder: Folder, name: str, storage: Storage, kind: FileKind, head: b
             hint = f"a copy that was not finished looks so: get it again; {_FROM_RAW}"
         elif hint is None and storage.size % SECTOR == 0 and head[_BOOT_AT : _BOOT_AT + 2] == _BOOT:
             what, hint = "a raw disk, by its boot sector", _FROM_RAW
-    return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", storage.name))
+    return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", shlex.quote(storage.name)))
 
 
 def not_the_disk(folder: Folder, storage: Storage, owner: str) -> NotVmdk:

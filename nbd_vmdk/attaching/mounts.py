@@ -7,6 +7,7 @@ guestfish and whatever else takes a raw disk take that file.
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence
     path = os.path.abspath(folder)
     _need_fuse()
     if _mounted(path):
-        raise InUse(folder, how="something is mounted there", hint=f"nbd-vmdk umount {folder}")
+        raise InUse(folder, how="something is mounted there", hint=f"nbd-vmdk umount {shlex.quote(folder)}")
     if not os.path.isdir(path):
-        raise OptionError(folder, why="is no folder", hint=f"make it first: mkdir {folder}")
+        raise OptionError(folder, why="is no folder", hint=f"make it first: mkdir {shlex.quote(folder)}")
     if os.listdir(path):
         raise OptionError(folder, why="is not empty", hint="what is in it would not be seen: make a new one")
     fuse = ["nbdfuse", *(["-r"] if read_only else []), path]

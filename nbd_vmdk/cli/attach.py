@@ -1,5 +1,6 @@
 """``nbd-vmdk attach``, ``detach``, ``mount`` and ``umount``: an image as a block device, or as a file."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: An
         output.line(file)
         for what, command in commands:
             output.message("note", f"{what}: {command}")
-        output.message("note", f"to end it: nbd-vmdk umount {folder}")
+        output.message("note", f"to end it: nbd-vmdk umount {shlex.quote(folder)}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """``nbd-vmdk check``: is an image sound, and if not, where, what does it mean, what mends it."""
 
+import shlex
 import sys
 from typing import Any
 
@@ -35,5 +36,7 @@ def check(image: str, as_json: bool, **options: Any) -> int:
         output.line(f"{output.clean(report.filename)}: {findings.summary(report)}")
         sys.stdout.flush()
         if any(not isinstance(finding.repair, str) for finding in report.findings):
-            output.message("hint", f"nbd-vmdk repair {report.filename} shows what would be mended")
+            output.message(
+                "hint", f"nbd-vmdk repair {shlex.quote(report.filename)} shows what would be mended"
+            )
     return findings.exit_code(report)

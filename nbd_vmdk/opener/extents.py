@@ -70,7 +70,7 @@ def open_extent(opening: Opening, line: ExtentLine, own_name: str | None, file: 
             need=start + size,
             have=storage.size,
             hint="the file was cut off, or copied while it grew: get it again; "
-            f"nbd-vmdk repair {file} --also file-short puts zeros where data are missing",
+            "nbd-vmdk repair IMAGE --also file-short puts zeros where data are missing",
         )
     return FlatExtent(storage, start=start, size=size)
 

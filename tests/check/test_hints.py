@@ -6,8 +6,10 @@ The hints that name the disk must lead to something: the command in them is run.
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,11 +292,33 @@ def test_the_disk_is_named_and_not_its_part(tmp_path: Path, capsys: pytest.Captu
     assert said(capsys, "compare", image.path, str(tmp_path / "same.raw"))[1][1:] == lines[1:]
 
 
-def test_a_name_with_blanks_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    disk = tmp_path / "Windows 11.vmdk"
-    Path(broken("grain-size", tmp_path)).rename(disk)
+@pytest.mark.parametrize(
+    ("name", "verb", "hint"),
+    [
+        ("grain-size", "info", "nbd-vmdk check DISK tells"),
+        ("flat-short", "info", "nbd-vmdk repair DISK --also"),
+        ("text-mode", "check", "nbd-vmdk repair DISK shows"),
+        ("parent-renamed", "info", "--parent DISK"),
+    ],
+)
+def test_names_with_blanks_are_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, verb: str, hint: str
+) -> None:
+    folder = tmp_path / "Windows 11"
+    folder.mkdir()
+    disk = broken(name, folder)
+    _code, lines = said(capsys, verb, disk)
+    named = folder / "elsewhere.vmdk" if name == "parent-renamed" else disk
+    assert hint.replace("DISK", f"'{named}'") in lines[-1], lines
+
+
+def test_the_hint_for_a_packed_disk_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "Windows 11.vmdk.gz"
+    with gzip.open(disk, "wb") as file:
+        file.write(b"anything")
     _code, lines = said(capsys, "info", str(disk))
-    assert lines[1].startswith(f"hint: nbd-vmdk check '{disk}' tells"), lines
+    subprocess.run(shlex.split(lines[1].partition("first: ")[2]), check=True)
+    assert (tmp_path / "Windows 11.vmdk").read_bytes() == b"anything"
 
 
 def test_what_only_a_host_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

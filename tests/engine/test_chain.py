@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -199,7 +200,7 @@ def test_a_sibling_with_the_right_content_is_named(tmp_path: Path, hint: str | N
     base(tmp_path, "unrelated", WRONG, cid="00000bad")
     made = child(tmp_path, hint, parent_cid="0badf00d")
     error = refused(made.path, ParentNotFound)
-    assert f"--parent {parent.path}" in str(error.hint)
+    assert f"--parent {shlex.quote(parent.path)}" in str(error.hint)
     shows(made.path, ODD.over(parent.content), parent=parent.path)
 
 
