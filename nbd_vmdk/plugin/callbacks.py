@@ -113,6 +113,11 @@ class Plugin:
             sys.stderr.write(f"warning: {printable(warning)}\n")
         sys.stderr.flush()
 
+    def advise(self, error: VmdkError) -> None:
+        """Put the disk's name into an error's hint."""
+        if self.exports is not None:
+            self.exports.advise(error)
+
     def flush(self) -> None:
         """Make all that was written durable, because nbdkit ends without closing anything."""
         done = "all that was written is flushed"
@@ -168,7 +173,8 @@ def _request(function: Callable[Concatenate[Handle, P], R]) -> Callable[Concaten
 # The life of the server.
 
 _plugin = Plugin()
-ErrorLog().install()
+_errors = ErrorLog(_plugin.advise)
+_errors.install()
 
 
 def dump_plugin() -> None:
@@ -222,7 +228,10 @@ def cleanup() -> None:
     closed = False
     try:
         failed = exports.close()
+        for line in _errors.counted():
+            sys.stderr.write(f"warning: {line}\n")
         for error in failed:
+            exports.advise(error)
             sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         if _plugin.stats is not None:
             sys.stderr.write(_plugin.stats.line())

@@ -6,7 +6,7 @@ which is where its owner lives too.  It runs in a session of its own: Ctrl-C on 
 and we end it in order.
 
 What it says while it starts or ends is held back, because it may be the reason of a failure; all else is told
-line by line, as it comes.
+line by line, as it comes, but for errors that were told before.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from nbd_vmdk.errors import ServerError
+from nbd_vmdk.plugin.errorlog import REPEATED
 from nbd_vmdk.serving.handshake import Export
 from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_command, nbdkit_environment
 
@@ -33,6 +34,8 @@ _HELD_LINES = 200
 # "nbdkit: python[1]: error: ", then "/path/plugin.py: pread: error: ", then what matters
 _PREFIX = re.compile(r"nbdkit: (?:[\w.-]+(?:\[\d+\])?: )?(?:GnuTLS )?(error|debug): ")
 _CALLBACK = re.compile(r": \w+: (?:error: )*")
+# An error that says no more than that it is one that was told before.
+_REPEAT = re.compile(rf"error: [a-z-]+ {re.escape(REPEATED)}")
 
 
 class Nbdkit:
@@ -219,7 +222,7 @@ class Nbdkit:
 
     def _hear(self, raw: bytes) -> None:
         line = clean(raw.decode(errors="surrogateescape"), self._plugin)
-        if not line:
+        if not line or _REPEAT.fullmatch(line):
             return
         if line.startswith(_STATS):
             self.stats = json.loads(line.removeprefix(_STATS))

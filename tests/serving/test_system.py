@@ -21,9 +21,34 @@ from nbd_vmdk.errors import InUse, OptionError, StorageError
 from nbd_vmdk.serving import asking
 from nbd_vmdk.serving.listener import listen_unix
 from nbd_vmdk.serving.notify import notify
+from tests.images import desc
+from tests.images.content import Content
 from tests.plugin import ROOT, errno_of, nbd
 from tests.serving import command, served, size_of, vmdk
 from tests.serving.conftest import MIB, Tls
+
+# The log.
+
+
+def test_one_damage_is_told_once(tmp_path: Path) -> None:
+    content = Content.random(4 * MIB, 5, density=1)
+    image = desc.split_sparse(str(tmp_path), "disk", content, extent_sectors=4096)
+    part = tmp_path / "disk-s002.vmdk"
+    os.truncate(part, MIB)
+    with served("-r", image.path) as (uri, process):
+        client = nbd.NBD()
+        client.connect_uri(uri)
+        failed = [errno_of(lambda at=at: client.pread(65536, at)) for at in range(0, 4 * MIB, 65536)]
+        assert failed.count("EIO") > 10
+    first, hint, second, last = process.said.splitlines()  # type: ignore[attr-defined]
+    assert first.startswith(f"error: {part}: the file ends too early for a read: ")
+    assert f"nbd-vmdk check {image.path} tells what is lost" in hint
+    assert second.endswith("; more errors like this one are only counted")
+    assert (
+        last
+        == f"warning: {first.removeprefix('error: ')} (and {failed.count('EIO') - 2} more errors like it)"
+    )
+
 
 # Socket activation.
 
