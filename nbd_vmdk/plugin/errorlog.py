@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.errors import NotFast, VmdkError
 
-#: nbdkit prints something for each request that fails: behind an error's slug, this says that it is a repeat.
-REPEATED: Final = "(told before)"
+#: nbdkit prints something for each failed request: behind an error's slug, this says that it is nothing new.
+REPEATED: Final = "(nothing new)"
 
 #: New sorts of errors that are told in each period of so many seconds; clients can make some, such as names.
 _TOLD, _PERIOD = 10, 10.0
@@ -75,6 +75,8 @@ class ErrorLog:
             return [self._text(error, time.monotonic())]
 
     def _text(self, error: VmdkError, now: float) -> str:
+        if isinstance(error, NotFast):
+            return f"{error.slug} {REPEATED}"  # nothing is wrong: the client asked whether it would be
         key = error.file, _NUMBER.sub("0", error.message)
         sort = self._sorts.get(key)
         if sort is not None and now - sort.last < _QUIET:

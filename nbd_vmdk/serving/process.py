@@ -6,7 +6,7 @@ which is where its owner lives too.  It runs in a session of its own: Ctrl-C on 
 and we end it in order.
 
 What it says while it starts or ends is held back, because it may be the reason of a failure; all else is told
-line by line, as it comes, but for errors that were told before.
+line by line, as it comes, but for errors that are nothing new.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _HELD_LINES = 200
 # "nbdkit: python[1]: error: ", then "/path/plugin.py: pread: error: ", then what matters
 _PREFIX = re.compile(r"nbdkit: (?:[\w.-]+(?:\[\d+\])?: )?(?:GnuTLS )?(error|debug): ")
 _CALLBACK = re.compile(r": \w+: (?:error: )*")
-# An error that says no more than that it is one that was told before.
+# An error that says no more than that it is nothing new.
 _REPEAT = re.compile(rf"error: [a-z-]+ {re.escape(REPEATED)}")
 
 

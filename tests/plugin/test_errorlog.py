@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nbd_vmdk.errors import BadField, OptionError, StorageError, Truncated, VmdkError
+from nbd_vmdk.errors import BadField, NotFast, OptionError, StorageError, Truncated, VmdkError
 from nbd_vmdk.plugin import errorlog
 from nbd_vmdk.plugin.errorlog import REPEATED, ErrorLog
 
@@ -60,6 +60,11 @@ def test_only_numbers_differ(log: ErrorLog, tell: Tell) -> None:
         assert tell(cut(need)) == f"truncated {REPEATED}"
     first = "disk.vmdk: the file ends too early for a read: 1024 bytes needed, 512 there"
     assert log.counted() == [f"{first} (and 8 more errors like it)"]
+
+
+def test_a_refused_fast_zero_is_no_error(log: ErrorLog, tell: Tell) -> None:
+    assert [tell(NotFast("disk.vmdk")) for _ in range(3)] == [f"not-fast {REPEATED}"] * 3
+    assert log.counted() == []
 
 
 def test_other_files_and_other_errors_are_told(log: ErrorLog, tell: Tell) -> None:
