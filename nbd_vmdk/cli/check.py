@@ -36,7 +36,8 @@ def check(image: str, as_json: bool, **options: Any) -> int:
         output.line(f"{output.clean(report.filename)}: {findings.summary(report)}")
         sys.stdout.flush()
         if any(not isinstance(finding.repair, str) for finding in report.findings):
-            output.message(
-                "hint", f"nbd-vmdk repair {shlex.quote(report.filename)} shows what would be mended"
-            )
+            hint = f"nbd-vmdk repair {shlex.quote(report.filename)} shows what would be mended"
+            if report.sealed is not None:
+                hint = "in an archive nothing is mended: take the disk out of it first"
+            output.message("hint", hint)
     return findings.exit_code(report)

@@ -263,6 +263,16 @@ def test_damage_in_an_archive_is_not_to_be_mended(tmp_path: Path, capsys: pytest
     ]
 
 
+def test_no_repair_is_named_for_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = broken("gte-low", tmp_path)
+    code, lines = said(capsys, "check", disk)
+    assert (code, lines[-1]) == (3, f"hint: nbd-vmdk repair {disk} shows what would be mended")
+    path = str(tmp_path / "vm.ova")
+    ova.write_ova(path, [ova.Disk(disk, CONTENT.size)])
+    code, lines = said(capsys, "check", path)
+    assert (code, lines[-1]) == (3, "hint: in an archive nothing is mended: take the disk out of it first")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [

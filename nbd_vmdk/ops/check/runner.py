@@ -31,6 +31,7 @@ class Report:
     files     all files of the image itself, the parents' not among them
     in_use    who writes it meanwhile; if anybody does, findings may mislead
     data      whether compressed grains were inflated
+    sealed    why nothing here can be mended where it is, if that is so: it is in an archive
     """
 
     filename: str
@@ -39,6 +40,7 @@ class Report:
     files: list[ImageFile] = field(default_factory=list)
     in_use: list[str] = field(default_factory=list)
     data: bool = False
+    sealed: str | None = None
 
     @property
     def count_errors(self) -> int:
@@ -98,7 +100,7 @@ def check_in(
 ) -> Report:
     """Check the image ``name`` of ``folder``; without ``probe`` nobody looks who else has it open."""
     context = Context(data=data, progress=progress)
-    report = Report(folder.label(name), data=data)
+    report = Report(folder.label(name), data=data, sealed=folder.read_only)
     _Chain(context, report, folder, name, options, probe=probe).run()
     if not context.findings.errors:
         _open_all(context, folder, name, options)
