@@ -123,8 +123,9 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
             length = len(buf)
             number = offset >> table_bits
             ticket = next(tickets)
-            writing.add(ticket)  # before the entry is looked at, as in write()
+            writing.add(ticket)  # before the entry is looked at, as in _write_rest()
             try:
+                # A table that others write to is pinned, mostly; one on its way to the others is in both.
                 table = pinned.get(number) or clean.young.get(number)
                 if table is None or offset + length > size:
                     return False
@@ -146,8 +147,11 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         length = len(buf)
         done = 0
         if offset % self.grain + length <= self.grain:
-            # Whoever asks has tried the overwriter.
-            done = self._fill(buf, offset, below)
+            number, slot = divmod(offset // self.grain, self._entries)
+            table = self._pinned.get(number) or self._clean.young.get(number)
+            if table is not None and table[slot] < self._lowest:
+                # There is no grain yet: the way that looks up where it is would do so in vain.
+                done = self._fill(buf, offset, below)
         if done < length:
             ticket = self._allocator.ticket()
             try:
@@ -229,8 +233,9 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         return table
 
     def _pin(self, number: int) -> "array[int]":
+        table = self._tables.pin(number)
         self.holds_more = True
-        return self._tables.pin(number)
+        return table
 
     def _decode_slot(self, table: "array[int]", slot: int, index: int) -> tuple[Kind, int]:
         entry = table[slot]
