@@ -17,8 +17,9 @@ notice the change before any write of this session counts as durable (2, 3).  Wh
 steps 4 to 6 fall away and a flush costs one fdatasync of each file that was written to.
 
 Flushes from all connections share commits: a flush that comes while one is running waits, and then one
-commit serves all that waited, whether it succeeds or fails.  It must be a new one, because the running one
-may have copied the tables before the latecomer's write.
+commit serves all that waited.  It must be a new one, because the running one may have copied the tables
+before the latecomer's write.  One that fails serves nobody: whoever waited tries again, and has an error of
+his own if that fails, too.
 
 Errors: running out of space in step 4 is retryable, the tables stay dirty and the next flush writes them
 again.  After a failed sync Linux may have dropped the dirty pages, so nothing can be promised any more: the
@@ -50,13 +51,14 @@ _MAX_AGE = 5.0
 MAX_PINNED = 16 * MIB
 _MIN_SHARE = 64 * KIB
 
-_dirty, _freed, _touched = attrgetter("dirty"), attrgetter("freed"), attrgetter("touched")
+_dirty_of, _freed_of, _touched_of = attrgetter("dirty"), attrgetter("freed"), attrgetter("touched")
 
 
 class Member(Protocol):
     """What a commit asks of an extent of the writable link.
 
-    A ``lazy`` one is committed only when somebody asks: each commit costs it space for good.
+    A ``lazy`` one is committed only when somebody asks: each commit costs it space for good.  ``holds_more``
+    is set where ``held`` has grown, and cleared by who looks at that.
     """
 
     touched: bool
@@ -96,6 +98,7 @@ class Committer:
         """``announce`` changes the link's content ID, once, and returns the file that holds it."""
         self._members = members
         self._announce = announce
+        #: Of all members, which have all they ever will.
         self._tables = [pages for member in members for pages in member.tables]
         self._share = max(MAX_PINNED // max(len(members), 1), _MIN_SHARE)
         self._freed: list[tuple[Member, list[int]]] = []  # not yet safe to release
@@ -105,8 +108,8 @@ class Committer:
         self.commits = 0
         self._described = False  # the content ID is changed, durably
         self._turn = threading.Lock()  # held by the one commit that is running
-        self._begun = 0  # commits, tried ones too
-        self._failure: BaseException | None = None  # of the last of them
+        self._begun = 0  # commits, those that failed too
+        self._done = 0  # the last of them that did not fail
         self._timing = threading.Lock()
         #: A write may begin: no sync has failed, and no member holds more than its share.
         self.admits = True
@@ -166,28 +169,22 @@ class Committer:
             self.check()
         begun = self._begun
         with self._turn:
-            # Whoever has his turn first of those that waited commits for all of them.
-            if self._begun != begun:
-                if self._failure is not None:
-                    raise self._failure
+            # Whoever has his turn first of those that waited has committed for all of them.
+            if self._done > begun:
                 return
             self._begun += 1
-            try:
-                self._commit()
-                self._failure = None
-            except BaseException as error:
-                self._failure = error
-                raise
+            self._commit()
+            self._done = self._begun
 
     def _commit(self) -> None:
         if self._latched is not None:
             self.check()
         self.admits = True
         # A split disk has thousands of tables and members, and each flush looks at all of them.
-        if any(map(_dirty, self._tables)) or any(map(_freed, self._members)):
+        if any(map(_dirty_of, self._tables)) or any(map(_freed_of, self._members)):
             self.commits += 1
             self._commit_changes()
-        elif any(map(_touched, self._members)):
+        elif any(map(_touched_of, self._members)):
             self.commits += 1
             self._sync_data()
 
@@ -241,8 +238,9 @@ class Committer:
 
     def _sync_data(self) -> None:
         """Make durable what was written to the members, and the new content ID with the first of it."""
-        described_in = None if self._described else self._announce()
-        touched = list(filter(_touched, self._members))
+        touched = list(filter(_touched_of, self._members))
+        # Where a failed write alone has left grains to be freed nothing has changed that a child must notice.
+        described_in = self._announce() if touched and not self._described else None
         storages = [member.storage for member in touched]
         if described_in is not None:
             storages.insert(0, described_in)
@@ -254,7 +252,8 @@ class Committer:
             for member in touched:
                 member.touched = True
             raise
-        self._described = True
+        if touched:
+            self._described = True
 
     def _write_tables(self, pages: Changes, dirty: list[DirtyPage]) -> Storage:
         """Write tables, and then their twins; what lies one behind the other goes into one call."""

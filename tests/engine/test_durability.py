@@ -346,6 +346,71 @@ def test_who_shares_a_failed_commit_is_told(make: Callable[..., Case]) -> None:
     check_order(folder, "top.vmdk")
 
 
+def test_failure_of_a_later_commit_is_nothing_to_whom_one_has_served(make: Callable[..., Case]) -> None:
+    """Locks are not fair: who waits may have his turn after two commits, of which the second fails."""
+    folder, disk = make()
+    turn = disk._committer._turn
+    waits, go = threading.Event(), threading.Event()
+
+    class Turn:
+        def __enter__(self) -> None:
+            if threading.current_thread() is thread:
+                waits.set()
+                assert go.wait(10)
+            turn.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            turn.release()
+
+    disk._committer._turn = Turn()
+    disk.pwrite(b"x", MIB)
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(outcome(disk.flush)))
+    thread.start()
+    assert waits.wait(10)
+    disk.flush()
+    folder.log.before = fault(errno.ENOSPC, is_table(folder))
+    disk.pwrite(b"y", 2 * MIB)
+    fails(disk.flush, errno.ENOSPC)
+    go.set()
+    thread.join()
+    assert results == [0]
+
+
+def test_failed_write_alone_changes_no_content_id(make: Callable[..., Case]) -> None:
+    """Its grain is given back, but no child of the disk need notice."""
+    folder, disk = make()
+    size = len(folder.log.initial["top.vmdk"])
+    folder.log.before = fault(errno.ENOSPC, lambda event: event.op == "write" and event.at >= size)
+    fails(lambda: disk.pwrite(b"x", MIB), errno.ENOSPC)
+    folder.log.before = None
+    with only(folder) as events:
+        disk.flush()
+    assert ops(events) == ["punch"]
+    disk.pwrite(b"x", 0, fua=True)
+    assert cid_of(folder.content("top.vmdk")) != cid_of(folder.log.initial["top.vmdk"])
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("lacking", ["edit_tables", "edit_redundant"])
+def test_writing_over_data_mends_no_directory(
+    make: Callable[..., Case], tmp_path: Any, lacking: str, at_once: bool
+) -> None:
+    """A second place for a table is made where the table is to be changed: data alone needs no space."""
+
+    def forget(directory: list[int], _tables: Any) -> None:
+        directory[0] = 0
+
+    own = Content(4 * MIB).put(0, b"full" * (GRAIN // 2))
+    options: dict[str, Any] = {lacking: forget}
+    folder, disk = make(desc.monolithic_sparse(str(tmp_path), "top", own, gtes=16, **options))
+    if at_once:
+        disk.pread(SECTOR, 0)
+    with only(folder) as events:
+        disk.pwrite(b"x" * SECTOR, GRAIN)
+    assert ops(events) == ["write"]
+
+
 def test_commit_that_dies_of_a_bug_is_no_success_for_others(make: Callable[..., Case], tmp_path: Any) -> None:
     folder, disk = make(split(str(tmp_path)))
     entered, go = threading.Event(), threading.Event()
@@ -626,9 +691,12 @@ def stopped(
     return thread, go
 
 
-def test_writer_that_comes_too_late_harms_nobody(make: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_writer_that_comes_too_late_harms_nobody(make: Callable[..., Case], at_once: bool) -> None:
     """He has looked up a grain that is freed, durably, before he writes to it."""
     folder, disk = make()
+    if at_once:
+        disk.pread(SECTOR, 0)  # brings the table into memory
     at = parse_tables(folder.log.initial["top.vmdk"]).grains[1]
     thread, go = stopped(folder, at + 512, lambda: disk.pwrite(b"late" * 100, GRAIN + 512))
     disk.trim(GRAIN, GRAIN, fua=True)
@@ -790,6 +858,18 @@ def test_changes_are_committed_by_time(make: Callable[..., Case], monkeypatch: p
     wait_for(lambda: folder.log.count("sync") == 4)
     assert not pending(disk)
     check_order(folder, "top.vmdk")
+
+
+def test_what_is_written_over_at_once_is_committed_by_time(
+    make: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, disk = make()
+    monkeypatch.setattr(commit, "_MAX_AGE", 0.05)
+    disk.pread(SECTOR, 0)
+    disk.pwrite(b"x", 100)
+    wait_for(lambda: folder.log.count("sync") == 1)
+    assert not pending(disk)
+    assert not folder.log.undecided(len(folder.log.events))
 
 
 def test_commit_by_time_is_tried_again(
