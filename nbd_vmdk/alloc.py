@@ -50,6 +50,7 @@ class Allocator:
         self._table_at = self._table_end = 0
         #: Tickets of the overwrites under way; each takes one before it looks up where to write.
         self.writing: set[int] = set()
+        #: The numbers of tickets, for those who take theirs without a call of :meth:`ticket`.
         self.tickets = itertools.count()
         #: Freed ranges as (tickets to wait for, position, length), and those that nobody can write to.
         self._cooling: deque[tuple[frozenset[int], int, int]] = deque()

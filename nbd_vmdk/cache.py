@@ -15,7 +15,8 @@ import threading
 from array import array
 from typing import TypeAlias
 
-#: What an entry costs beside its bytes: the dict slot, the key and the object's head, roughly.
+#: What an entry costs beside its bytes: the dict slot, the key and the object's head, roughly.  (A part takes
+#: 200 bytes for itself, and as many for the first entry's dict.)
 _OVERHEAD = 200
 
 Value: TypeAlias = "array[int] | bytes | bytearray"

@@ -2,7 +2,8 @@
 
 What reads is a loop over mappings.  A request goes from the top link down through holes until somebody
 has the bytes; that somebody's source fills the buffer, in one call for each piece.  pread, NBD block
-status and the `map` command ask the same question, so they agree.
+status and the `map` command ask the same question, so they agree.  Small requests for plain data are
+answered at once, before the question is asked: see Extent.reader and WritableExtent.overwriter.
 
 Threads: any number may call anything.  Reading takes no lock.
 """
@@ -169,7 +170,7 @@ class Disk:
         if offset < 0 or offset + length > self.size:
             self._check(offset, length)
         _kind, count, source, at = self._locate(offset, length)
-        if count == length:  # nearly every small request
+        if count == length:  # most requests that are not answered at once: holes, packed grains, cold tables
             if source is None:
                 _fill_zeros(buf)
             else:
@@ -324,10 +325,11 @@ class Disk:
         """As pwrite, for a memoryview of bytes: others count in something else."""
         committer = self._committer
         length = len(buf)
+        # What _check_writable looks at, without the call.
         if not (self.writable and committer.admits and offset >= 0 and 0 < length <= self.size - offset):
             self._check_writable(offset, length)
             if not length:
-                return
+                return  # there is nothing to be durable either
         if self._overwrite(buf, offset):
             if not committer.timed:
                 committer.start_timer()

@@ -43,7 +43,7 @@ class Changes(Protocol):
 
     @property
     def dirty(self) -> Collection[int] | bool:
-        """Something, if there are changes that no commit has taken yet."""
+        """Not empty, or True, where there are changes that no commit has taken yet."""
 
     def take_dirty(self, taken: list[DirtyPage]) -> None:
         """Put copies of all that has changed into ``taken``."""

@@ -1,8 +1,9 @@
-"""The contract of an extent, on one screen: an extent maps, it does not read.
+"""The contract of an extent, on one screen: an extent maps, and reading goes by that.
 
 A link is a row of extents; a chain is a row of links.  All of them are asked one question, "what backs the
 bytes from here on?", and answer with a mapping; reading, block status, ``map`` and checking are loops over
-the answers (see disk.py), so they cannot disagree.
+the answers (see disk.py), so they cannot disagree.  What an extent reads or writes at once, without being
+asked that question, must be what its map says.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +45,7 @@ class Source(Protocol):
 
 #: (kind, length, source, at): the first ``length`` bytes of the range that was asked about are backed by
 #: ``source`` from ``at`` on.  Source is None for HOLE and ZERO.  A plain tuple, because one is made for
-#: every request.
+#: every request that is not answered at once.
 Mapping = tuple[Kind, int, Source | None, int]
 
 #: (places, something): from the first place on there is something, or nothing, and at each further place that

@@ -93,7 +93,7 @@ class SparseExtent(Extent):
 
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: what lies in one grain, in a file of this machine, by a table that is in memory."""
-        # A subclass may read in another way.
+        # Another kind of file may be read in another way; where no entry is plain there is nothing to find.
         if type(self.storage) is not LocalFile or self._lowest.bit_length() > 8 * self._tables.width:
             return otherwise
         file, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
@@ -107,7 +107,7 @@ class SparseExtent(Extent):
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)
             number = offset >> table_bits
-            # A table on its way from one to the other is in both.
+            # A table on its way from one to the other is in both.  One that is missed takes the longer way.
             table = clean.young.get(number)
             if table is None:
                 table = pinned.get(number)

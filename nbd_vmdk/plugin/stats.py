@@ -171,7 +171,8 @@ class CountedCache(Cache):
     """A cache that counts what was found in it and what was not.
 
     Readers look into the young generation first and then ask get(), so a hit is one or the other, and
-    a miss is what get() does not find.
+    a miss is what get() does not find.  A request that could not be answered at once looks a second time, and
+    may count two hits.
     """
 
     def __init__(self, budget: int) -> None:

@@ -56,7 +56,8 @@ class LocalFile(Storage):
     """
 
     def __init__(self, fd: int, name: str, *, writable: bool, is_device: bool = False) -> None:
-        #: The descriptor; a number that no file has once it is closed.
+        #: The descriptor, for those who read at once, and ask the storage itself after any error; a number
+        #: that no file has once it is closed.
         self.fd = fd
         self.name = name
         self.writable = writable

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, open_disk
+from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError, WriteRefused
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.writing import WritableSparseExtent
@@ -197,7 +198,88 @@ def test_file_that_was_cut_off(tmp_path: Path, kind: str) -> None:
         assert 0 < failures <= GRAIN // (4 * KIB) + 1
 
 
-def test_written_over_while_it_is_freed(tmp_path: Path) -> None:
+def test_cut_off_while_it_is_written_to(tmp_path: Path) -> None:
+    """Writing over what was cut off would make the file longer, with a hole for what others had there."""
+    image = desc.monolithic_sparse(str(tmp_path), "disk", FULL)
+    disk = open_disk(image.path, writable=True)
+    disk.pread(disk.size, 0)
+    [last] = disk.runs(disk.size - SECTOR, SECTOR)
+    assert last.at is not None
+    with pytest.MonkeyPatch.context() as patched:
+        # As it is told to who opens a file that was cut off before.
+        patched.setattr(disk._members[0]._allocator, "_end", last.at)  # type: ignore[attr-defined]
+        with pytest.raises(VmdkError, match="beyond the end of the file"):
+            disk.pwrite(b"x" * SECTOR, disk.size - SECTOR)
+    same(disk.pread(SECTOR, disk.size - SECTOR), image.visible.read(disk.size - SECTOR, SECTOR))
+    disk.close()
+
+
+def test_read_while_it_changes_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look into the table and the read a grain is freed and given to other bytes of the guest."""
+    image = desc.monolithic_sparse(str(tmp_path), "disk", FULL.resized(16 * MIB), zero_gte=True)
+    hooks: list[Callable[[int], None]] = []
+    preadv = os.preadv
+
+    def reading(fd: int, buffers: Any, at: int) -> int:
+        for hook in hooks:
+            hook(at)
+        return preadv(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", reading)
+    with open_disk(image.path, writable=True) as disk:
+        disk.pread(SECTOR, 0)
+        [run] = disk.runs(GRAIN, GRAIN)
+
+        def once(at: int) -> None:
+            if at == run.at:
+                hooks.clear()
+                disk.trim(GRAIN, GRAIN, fua=True)
+                disk.pwrite(b"secret" * 1000, 8 * MIB)
+
+        hooks.append(once)
+        found = disk.pread(GRAIN, GRAIN)
+        assert not hooks
+        [other] = disk.runs(8 * MIB, GRAIN)
+        assert other.at == run.at, "the space was not used again, so this proves nothing"
+        same(found, bytes(GRAIN))
+
+
+def test_extents_that_may_not_be_had(tmp_path: Path) -> None:
+    rows = [
+        desc.Row(access, "FLAT", FULL.resized(MIB), f"disk-f00{number}.vmdk")
+        for number, access in enumerate(("RW", "RDONLY", "NOACCESS"), 1)
+    ]
+    image = desc.custom(str(tmp_path), "disk", rows, create_type="custom")
+    with open_disk(image.path, writable=True) as disk:
+        for _ in range(2):
+            disk.pwrite(b"x" * SECTOR, MIB - SECTOR)
+            same(disk.pread(SECTOR, MIB - SECTOR), b"x" * SECTOR)
+            same(disk.pread(SECTOR, MIB), FULL.read(0, SECTOR))
+            with pytest.raises(WriteRefused):
+                disk.pwrite(b"x" * SECTOR, MIB)
+            for call in (lambda: disk.pread(1, 2 * MIB), lambda: disk.pwrite(b"x", 2 * MIB)):
+                with pytest.raises(VmdkError):
+                    call()
+
+
+def test_generations_of_a_cache() -> None:
+    """Two parts and a common budget: what was asked for lately stays, and nothing is another's."""
+    cache = Cache(10_000)
+    one, two = cache.part(), cache.part()
+    one.put(1, b"one" * 300)
+    two.put(1, b"two" * 300)
+    for key in range(2, 40):
+        two.put(key, bytes(1000))
+        assert one.get(1) == b"one" * 300
+        assert sum(len(part.young) + len(part.old) for part in (one, two)) < 14
+    assert two.get(1) is None
+    one.drop(1)
+    assert one.get(1) is None
+    one.put(1, bytes(6000))  # more than half of it all
+    assert one.get(1) is None
+
+
+def test_written_over_after_it_was_freed(tmp_path: Path) -> None:
     """A grain that is trimmed is nobody's: what comes later makes a new one."""
     image = desc.monolithic_sparse(str(tmp_path), "disk", FULL, zero_gte=True)
     with open_disk(image.path, writable=True) as disk:
@@ -212,7 +294,7 @@ def test_written_over_while_it_is_freed(tmp_path: Path) -> None:
         same(disk.pread(GRAIN, GRAIN), b"c" * SECTOR + bytes(GRAIN - SECTOR))
 
 
-def test_admitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admitted_again(tmp_path: Path) -> None:
     """Too much is held, and then nothing: whoever only writes over data does not pay a commit for each."""
     image = desc.monolithic_sparse(str(tmp_path), "disk", FULL)
     with open_disk(image.path, writable=True) as disk:
