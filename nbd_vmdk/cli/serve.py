@@ -92,7 +92,7 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
     "--threads",
     type=Number(1, 1024),
     metavar="N",
-    help="Requests of one connection taken at once.  [default: 8]",
+    help="Requests of one connection taken at once: 16 for slow disks, 1 for images in memory.  [default: 8]",
 )
 @click.option(
     "--workers",
