@@ -14,7 +14,8 @@ Where ours misses a target the report says whether these two would, in its place
 How a number comes about.  A *workload* (workloads.py) is one image, one client and one pattern.  In each
 *round* every server runs each workload once, in an order that rotates, so that whatever else the machine does
 hits all of them alike; each run has a server of its own, started for it and stopped after it.  The number is
-the median over the rounds, and the table's ratios are ratios of medians, always "how many times better".
+the median over the rounds, and a ratio is the median of those of single rounds, always "how many times
+better": a virtual machine may be half as fast for some minutes, which then hits both sides of a ratio.
 
 What would make a number a lie, and what is done about it:
 

@@ -153,6 +153,7 @@ class Runner:
             return
         sample["wall_s"] = time.monotonic() - start
         sample = {name: float(f"{value:.5g}") for name, value in sample.items()}
+        sample["round"] = number
         self.results.samples.setdefault(workload.name, {}).setdefault(kind.name, []).append(sample)
         measure = MEASURES[next(iter(workload.targets))]
         value = f"{sample[measure.name]:.4g} {measure.unit}"

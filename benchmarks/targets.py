@@ -1,14 +1,17 @@
-"""What a workload is held to, and whether the medians meet it.
+"""What a workload is held to, and whether it is met.
 
-A :class:`Cell` is one measure of one workload: the median of each server.  Ratios are always "how many times
-better ours is", for rates and for costs alike, so a target is met when the ratio is large enough.
+A :class:`Cell` is one measure of one workload: what each server did in each round, and its median.  Ratios
+are always "how many times better ours is", for rates and for costs alike, so a target is met when the ratio
+is large enough.  A ratio is the median of those of single rounds: what a machine can do may change from
+minute to minute by a factor of two, and two servers run one after the other mostly meet the same machine.
 
 A bar that we miss may be too high for anybody on this machine.  So the servers of a raw file are held to it
 in our place (:func:`others`): where they miss it as well, a VMDK is not the reason.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 OURS = "ours"
@@ -61,10 +64,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One measure of one workload: the median of each server that has one."""
+    """One measure of one workload: the median of each server that has one, and its values by rounds."""
 
     measure: Measure
     medians: Mapping[str, float]
+    rounds: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def own(self) -> float | None:
@@ -77,13 +81,27 @@ class Cell:
         return self.measure.better(values) if values else None
 
     def ratio(self, peer: str) -> float | None:
-        """How many times better than the peer we are."""
-        own, other = self.own, self.best(peer)
-        return None if own is None or other is None else self.measure.ratio(own, other)
+        """How many times better than the peer we are: the median of the rounds that both were in."""
+        own, best, rival = self.own, self.best(peer), self._best_server(peer)
+        if own is None or best is None or rival is None:
+            return None
+        ours, theirs = self.rounds.get(OURS, {}), self.rounds.get(rival, {})
+        ratios = [
+            self.measure.ratio(value, theirs[number]) for number, value in ours.items() if number in theirs
+        ]
+        found = [ratio for ratio in ratios if ratio is not None]
+        return median(found) if found else self.measure.ratio(own, best)
 
-    def with_own(self, value: float) -> "Cell":
-        """The cell as it would be with that median of ours."""
-        return Cell(self.measure, {**self.medians, OURS: value})
+    def _best_server(self, peer: str) -> str | None:
+        best = self.best(peer)
+        return next((server for server in PEERS[peer] if self.medians.get(server) == best), None)
+
+    def instead(self, peer: str) -> "Cell":
+        """The cell as it would be if ours had done what the peer did."""
+        server = self._best_server(peer)
+        assert server is not None
+        rounds = {**self.rounds, OURS: self.rounds.get(server, {})}
+        return Cell(self.measure, {**self.medians, OURS: self.medians[server]}, rounds)
 
 
 #: The cell of a workload's measure, for targets that look at another workload.
@@ -108,9 +126,8 @@ def others(target: Target, cell: Cell, cells: Cells) -> dict[str, bool]:
     """Whether those without a VMDK would meet the bar in our place, where that can be told."""
     found = {}
     for peer in WITHOUT_VMDK:
-        value = cell.best(peer)
-        if value is not None and target.fits(peer):
-            met = target.met(cell.with_own(value), cells)
+        if cell.best(peer) is not None and target.fits(peer):
+            met = target.met(cell.instead(peer), cells)
             if met is not None:
                 found[peer] = met
     return found
