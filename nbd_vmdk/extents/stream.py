@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.codec import CorruptGrain, inflate
 from nbd_vmdk.errors import NEWER, BadField, FormatError, Truncated, Unreadable, Unsupported
-from nbd_vmdk.extents.base import Kind, Mapping
+from nbd_vmdk.extents.base import Kind, Mapping, Reader
 from nbd_vmdk.extents.hosted import HostedTables
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.stored import layout_of, read_stored, span
@@ -99,6 +99,28 @@ class Inflater:
             done += count
             index += 1
             within = 0
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """See Extent.reader: what lies in a grain whose bytes, or whose layout, were used lately."""
+        grains, storage, grain, size = self._grains, self._storage, self._grain, self._size
+
+        def read(buf: memoryview, offset: int) -> None:
+            length = len(buf)
+            index = offset // grain
+            known = grains.young.get(index)
+            if known is not None and offset + length <= size:
+                within = offset - index * grain
+                if within + length <= grain:
+                    if isinstance(known, array):
+                        read_stored(storage, known, buf, within)
+                        return
+                    piece = memoryview(known)[within : within + length]
+                    if len(piece) == length:
+                        buf[:] = piece
+                        return
+            otherwise(buf, offset)
+
+        return read
 
     def _read_grain(self, buf: memoryview, index: int, within: int, *, keep: bool) -> None:
         known = self._grains.young.get(index) or self._grains.get(index)
@@ -240,6 +262,10 @@ class StreamExtent(SparseExtent):
             step=0,
         )
         self._inflater = Inflater(storage, header, tables, tables.cache, size)
+
+    def reader(self, otherwise: Reader) -> Reader:
+        """See Extent: what is remembered of grains."""
+        return self._inflater.reader(otherwise)
 
     def map(self, offset: int, length: int) -> Mapping:
         """See Extent: packed grains that follow each other are one mapping."""

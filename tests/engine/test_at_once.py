@@ -28,6 +28,7 @@ from tests.images.desc import Image
 GRAIN = 64 * KIB
 # Nothing but data, more than a table of 2 MiB or of 512 KiB holds, and the last grain is no whole one.
 FULL = Content.of(random.Random(1).randbytes(5 * MIB + 7 * SECTOR))
+TEXT = Content.of(b"".join(b"%8d" % number for number in range(FULL.size // 8)))
 
 
 def chain(folder: str, name: str) -> Image:
@@ -48,6 +49,11 @@ KINDS: dict[str, Callable[[str, str], Image]] = {
     "split sparse": lambda folder, name: desc.split_sparse(folder, name, FULL, 3072),
     "COWD": lambda folder, name: desc.vmfs_sparse(folder, name, FULL, grain_sectors=16),
     "chain": chain,
+}
+#: What is read at once, and not written.
+PACKED: dict[str, Callable[[str, str], Image]] = {
+    "stream": lambda folder, name: desc.stream_optimized(folder, name, TEXT),
+    "stream of noise": lambda folder, name: desc.stream_optimized(folder, name, FULL, level=0),
 }
 
 
@@ -97,6 +103,28 @@ def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, w
         else:
             assert len(asked) == first
         assert first == 0 if "flat" in kind else 0 < first < len(ranges)
+
+
+@pytest.mark.parametrize("cache_size", [64 * MIB, MIB])
+@pytest.mark.parametrize("kind", PACKED)
+def test_who_reads_what_is_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cache_size: int
+) -> None:
+    """Grains in the cache, by their bytes or by where they are stored; with a small one many are not."""
+    image = PACKED[kind](str(tmp_path), "disk")
+    asked = counted(monkeypatch, Disk, "_read_mapped")
+    with open_disk(image.path, cache_size=cache_size) as disk:
+        ranges = inside(disk, seed=7)
+        for turn in range(3):
+            first = len(asked)
+            for offset, length in ranges:
+                same(disk.pread(length, offset), image.visible.read(offset, length), offset)
+            fewer = len(asked) - first
+            if turn:
+                assert fewer == 0 if cache_size > 8 * MIB else fewer < len(ranges)
+        for offset in (-1, disk.size - 1, disk.size, 1 << 62):
+            with pytest.raises(OutOfRange):
+                disk.read_into(memoryview(bytearray(SECTOR)), offset)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "chain"])
