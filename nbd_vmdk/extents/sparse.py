@@ -91,6 +91,15 @@ class SparseExtent(Extent):
             return kind, length, self.storage, at + within
         return kind, length, None, 0
 
+    def _split(self) -> tuple[int, int, int, int]:
+        """How an offset is taken apart: (bits of a grain, of what a table maps, mask of a grain, of a table).
+
+        ``offset >> table bits`` is the table, ``offset >> grain bits & table mask`` the slot in it.  Both
+        hold powers of two: what has others was refused.
+        """
+        grain_bits = self.grain.bit_length() - 1
+        return grain_bits, grain_bits + self._entries.bit_length() - 1, self.grain - 1, self._entries - 1
+
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: what lies in one grain, in a file of this machine, by a table that is in memory."""
         # Another kind of file may be read in another way; where no entry is plain there is nothing to find.
@@ -98,10 +107,7 @@ class SparseExtent(Extent):
             return otherwise
         file, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
         clean, pinned = self._clean, self._pinned
-        # Grains and tables hold powers of two: what has others was refused.
-        grain_bits = grain.bit_length() - 1
-        table_bits = grain_bits + self._entries.bit_length() - 1
-        in_grain, in_table = grain - 1, self._entries - 1
+        grain_bits, table_bits, in_grain, in_table = self._split()
         preadv = os.preadv
 
         def read(buf: memoryview, offset: int) -> None:

@@ -112,10 +112,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         """See WritableExtent: into one grain, by a table that is in memory."""
         storage, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
         clean, pinned = self._clean, self._pinned
-        # Grains and tables hold powers of two: what has others was refused.
-        grain_bits = grain.bit_length() - 1
-        table_bits = grain_bits + self._entries.bit_length() - 1
-        in_grain, in_table = grain - 1, self._entries - 1
+        grain_bits, table_bits, in_grain, in_table = self._split()
         allocator = self._allocator
         tickets, writing = allocator.tickets, allocator.writing
 

@@ -235,7 +235,9 @@ def test_cut_off_while_it_is_written_to(tmp_path: Path) -> None:
     assert last.at is not None
     with pytest.MonkeyPatch.context() as patched:
         # As it is told to who opens a file that was cut off before.
-        patched.setattr(disk._members[0]._allocator, "_end", last.at)  # type: ignore[attr-defined]
+        extent = disk._members[0]
+        assert isinstance(extent, WritableSparseExtent)
+        patched.setattr(extent._allocator, "_end", last.at)
         with pytest.raises(VmdkError, match="beyond the end of the file"):
             disk.pwrite(b"x" * SECTOR, disk.size - SECTOR)
     same(disk.pread(SECTOR, disk.size - SECTOR), image.visible.read(disk.size - SECTOR, SECTOR))
