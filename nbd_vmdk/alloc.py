@@ -44,7 +44,7 @@ class Allocator:
         self._limit = limit
         self._lock = threading.Lock()
         self._end = align_up(storage.size, grain)
-        self._grown = storage.size
+        self._set_grown(storage.size)
         self._used = storage.size
         self._step = max(min(_STEP_GRAINS * grain, _MAX_STEP), grain)
         self._table_at = self._table_end = 0
@@ -74,7 +74,11 @@ class Allocator:
                 at = self._reuse(length)
                 if at is not None:
                     return at
-            return self._take(length)
+            at = self._end
+            if at + length > self._room:
+                return self._take(length)
+            self._end = self._used = at + length
+            return at
 
     def ticket(self) -> int:
         """Begin an overwrite: until the ticket is taken out of ``writing``, no grain changes its owner."""
@@ -138,11 +142,16 @@ class Allocator:
         except StorageError:
             grown = need
             self._storage.truncate(grown)
-        self._grown = grown
+        self._set_grown(grown)
+
+    def _set_grown(self, size: int) -> None:
+        self._grown = size
+        #: Where space ends that can be handed out without more ado.
+        self._room = min(size, self._limit + self._grain)
 
     def trim_tail(self) -> None:
         """Cut off what was grown and never handed out (at a clean close)."""
         with self._lock:
             if self._grown > self._used:
                 self._storage.truncate(self._used)
-                self._grown = self._used
+                self._set_grown(self._used)
