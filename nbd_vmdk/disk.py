@@ -3,7 +3,7 @@
 What reads is a loop over mappings.  A request goes from the top link down through holes until somebody
 has the bytes; that somebody's source fills the buffer, in one call for each piece.  pread, NBD block
 status and the `map` command ask the same question, so they agree.  Small requests for plain data are
-answered at once, before the question is asked: see Extent.reader and WritableExtent.overwriter.
+answered at once, before the question is asked: see Extent.reader and WritableExtent.writer.
 
 Threads: any number may call anything.  Reading takes no lock.
 """
@@ -83,7 +83,7 @@ class Disk:
             self.minimum_block = max(extent.minimum_block for extent in self._members)
         self._only = self._members[0] if len(extents) == len(self._members) == 1 else None
         self._committer = Committer(self._members, top.change_cid)
-        self._overwrite = top.overwriter()
+        self._write_once = top.writer(alone=self._below is None)
         self._close_lock = threading.Lock()
         self._closed = False
         #: As read_into, once; asks the one who answers most requests first.
@@ -330,7 +330,7 @@ class Disk:
             self._check_writable(offset, length)
             if not length:
                 return  # there is nothing to be durable either
-        if self._overwrite(buf, offset):
+        if self._write_once(buf, offset):
             if not committer.timed:
                 committer.start_timer()
         elif self._only is not None:  # the usual case needs no search for the extent

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nbd_vmdk.errors import WriteRefused
-from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, Overwriter, Reader, WritableExtent
+from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, Reader, WritableExtent, Writer
 from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
@@ -171,23 +171,23 @@ class Link:
             done += count
         return written
 
-    def overwriter(self) -> Overwriter:
-        """A function that writes at once over what is there in one extent; see WritableExtent.overwriter."""
+    def writer(self, *, alone: bool) -> Writer:
+        """A function that writes at once to one extent; see WritableExtent.writer."""
         starts = self._starts
-        overwriters: list[Overwriter | None] = [None] * len(starts)
+        writers: list[Writer | None] = [None] * len(starts)
 
-        def overwrite(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> bool:
             index = bisect_right(starts, offset) - 1
-            inside = overwriters[index]
+            inside = writers[index]
             if inside is None:
                 extent = self.extents[index].writable
                 if extent is None:
                     return False
-                inside = overwriters[index] = extent.overwriter()
+                inside = writers[index] = extent.writer(alone=alone)
             return inside(buf, offset - starts[index])
 
         only = self.extents[0].writable if len(starts) == 1 else None
-        return overwrite if only is None else only.overwriter()
+        return write if only is None else only.writer(alone=alone)
 
     def share(self, other: Storage, at: int, offset: int, length: int) -> list[WritableExtent] | None:
         """Make bytes of a file those of a range without copying them: the extents, or None if that can't be.

@@ -56,8 +56,8 @@ Edges = tuple[list[int], bool]
 Reader = Callable[[memoryview, int], None]
 
 #: Writes a buffer at an offset of an extent, a link or a disk; False, having done nothing, where that takes
-#: more than writing over bytes that are there.
-Overwriter = Callable[[memoryview, int], bool]
+#: more than a look at a table in memory.
+Writer = Callable[[memoryview, int], bool]
 
 #: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
 Below = Callable[[memoryview, int], None]
@@ -118,7 +118,7 @@ class Extent(ABC):
             self.storage.close()
 
 
-def _overwrite_nothing(_buf: memoryview, _offset: int) -> bool:
+def _write_nothing(_buf: memoryview, _offset: int) -> bool:
     return False
 
 
@@ -148,9 +148,12 @@ class WritableExtent(Extent):
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """Write ``buf``.  ``below`` reads the parent; None says that there is none."""
 
-    def overwriter(self) -> Overwriter:
-        """A function that writes at once over what is there in one piece, as :meth:`reader` reads."""
-        return _overwrite_nothing
+    def writer(self, *, alone: bool) -> Writer:
+        """A function that writes at once what is there in one piece, as :meth:`reader` reads.
+
+        ``alone`` says that there is no parent: then what is not there yet may be made, too.
+        """
+        return _write_nothing
 
     def share(self, other: Storage, at: int, offset: int, length: int) -> bool:
         """Make bytes of ``other`` from ``at`` on those at ``offset`` without copying them; see Storage.

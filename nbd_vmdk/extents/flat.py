@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 
 from nbd_vmdk.errors import Unreadable, WriteRefused
-from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, Overwriter, Reader, WritableExtent
+from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, Reader, WritableExtent, Writer
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.local import LocalFile
 
@@ -55,18 +55,18 @@ class FlatExtent(WritableExtent):
         self.storage.write(buf, self.start + offset)
         self.touched = True
 
-    def overwriter(self) -> Overwriter:
+    def writer(self, *, alone: bool) -> Writer:
         """See WritableExtent."""
         storage, start, size = self.storage, self.start, self.size
 
-        def overwrite(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> bool:
             if not 0 <= offset <= size - len(buf):
                 return False
             storage.write(buf, start + offset)
             self.touched = True
             return True
 
-        return overwrite
+        return write
 
     def share(self, other: Storage, at: int, offset: int, length: int) -> bool:
         """See WritableExtent."""

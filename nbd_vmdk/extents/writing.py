@@ -14,7 +14,7 @@ from typing import Final
 
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.extents.base import Below, Kind, Overwriter, WritableExtent
+from nbd_vmdk.extents.base import Below, Kind, WritableExtent, Writer
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.pages import Pages
@@ -108,36 +108,57 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 self._allocator.give_back(start, length)
                 first = index
 
-    def overwriter(self) -> Overwriter:
-        """See WritableExtent: into one grain, by a table that is in memory."""
+    def writer(self, *, alone: bool) -> Writer:
+        """See WritableExtent: into one grain, which may be new if a table is changed already.
+
+        What must be done where a table is changed for the first time takes the longer way.
+        """
         storage, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
-        clean, pinned = self._clean, self._pinned
+        clean, pinned, dirty = self._clean, self._pinned, self._tables.dirty
         grain_bits, table_bits, in_grain, in_table = self._split()
-        allocator = self._allocator
+        lock, allocator, take_grains = self._tables.lock, self._allocator, self._allocator.take_grains
         tickets, writing = allocator.tickets, allocator.writing
 
-        def overwrite(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> bool:
             length = len(buf)
             number = offset >> table_bits
+            slot = offset >> grain_bits & in_table
+            within = offset & in_grain
             ticket = next(tickets)
             writing.add(ticket)  # before the entry is looked at, as in _write_rest()
             try:
                 # A table that others write to is pinned, mostly; one on its way to the others is in both.
                 table = pinned.get(number) or clean.young.get(number)
-                if table is None or offset + length > size:
+                if table is None or within + length > grain or offset + length > size:
                     return False
-                entry = table[offset >> grain_bits & in_table]
-                within = offset & in_grain
-                at = entry * SECTOR + within
-                if entry < lowest or within + length > grain or at + length > allocator.end:
-                    return False
-                storage.write(buf, at)
-                self.touched = True
-                return True
+                entry = table[slot]
+                if entry >= lowest:
+                    at = entry * SECTOR + within
+                    if at + length > allocator.end:
+                        return False
+                    storage.write(buf, at)
+                    self.touched = True
+                    return True
             finally:
                 writing.discard(ticket)
+            if entry or not alone:
+                return False
+            with lock(number):
+                table = pinned.get(number)
+                if table is None or table[slot]:
+                    return False
+                at = take_grains(1)
+                try:
+                    storage.write(buf, at + within)
+                except VmdkError:
+                    self._abandon(at, 1)
+                    raise
+                self.touched = True
+                table[slot] = at // SECTOR
+                dirty.add(number)
+                return True
 
-        return overwrite
+        return write
 
     def write(self, buf: memoryview, offset: int, below: Below | None) -> None:
         """See WritableExtent."""
@@ -205,9 +226,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 else:
                     self.storage.write(piece, at + within)  # new space is zeros already
             except VmdkError:
-                # No table names the space yet; what did get written there is released with the next commit.
-                self.freed += range(at, at + grains * grain, grain)
-                self.holds_more = True
+                self._abandon(at, grains)
                 raise
             self.touched = True
             table = self._pinned.get(number) or self._pin(number)
@@ -216,6 +235,11 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 table[slot + i] = (at + i * grain) // SECTOR
             self._tables.dirty.add(number)
         return count
+
+    def _abandon(self, at: int, grains: int) -> None:
+        """Have new grains that no table names yet released with the next commit, and what is in them."""
+        self.freed += range(at, at + grains * self.grain, self.grain)
+        self.holds_more = True
 
     def _table_for_change(self, number: int) -> "array[int]":
         """The table to look at before changing it, made if it does not exist; its lock is held.

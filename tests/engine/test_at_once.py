@@ -1,5 +1,5 @@
 """
-What is read, or written over, at once: small requests that take no more than a look at a table in memory.
+What is read, or written, at once: small requests that take no more than a look at a table in memory.
 
 That every kind reads and writes right, across all edges, is in test_read_kinds.py and test_write_model.py,
 which come by here. This is about who answers, and about what must not be answered so.
@@ -7,8 +7,10 @@ which come by here. This is about who answers, and about what must not be answer
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, open_disk
+from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError, WriteRefused
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.writing import WritableSparseExtent
+from nbd_vmdk.ops.check.runner import check_image
 from tests.engine import same
 from tests.images import desc
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -28,6 +32,7 @@ from tests.images.desc import Image
 GRAIN = 64 * KIB
 # Nothing but data, more than a table of 2 MiB or of 512 KiB holds, and the last grain is no whole one.
 FULL = Content.of(random.Random(1).randbytes(5 * MIB + 7 * SECTOR))
+EMPTY = Content(FULL.size)
 TEXT = Content.of(b"".join(b"%8d" % number for number in range(FULL.size // 8)))
 
 
@@ -49,6 +54,12 @@ KINDS: dict[str, Callable[[str, str], Image]] = {
     "split sparse": lambda folder, name: desc.split_sparse(folder, name, FULL, 3072),
     "COWD": lambda folder, name: desc.vmfs_sparse(folder, name, FULL, grain_sectors=16),
     "chain": chain,
+}
+#: What has grains to be made.
+NEW: dict[str, Callable[[str, str], Image]] = {
+    "sparse": lambda folder, name: desc.monolithic_sparse(folder, name, EMPTY, grain_sectors=8, gtes=128),
+    "split sparse": lambda folder, name: desc.split_sparse(folder, name, EMPTY, 3072),
+    "COWD": lambda folder, name: desc.vmfs_sparse(folder, name, EMPTY, grain_sectors=16),
 }
 #: What is read at once, and not written.
 PACKED: dict[str, Callable[[str, str], Image]] = {
@@ -145,6 +156,93 @@ def test_who_writes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: 
         assert disk.commits == commits + 1
         same(disk.pread(disk.size, 0), bytes(model))
     with open_disk(image.path) as disk:
+        same(disk.pread(disk.size, 0), bytes(model))
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_who_makes_new_grains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The first change of a table goes the longer way, and no other."""
+    image = NEW[kind](str(tmp_path), "disk")
+    model = bytearray(FULL.size)
+    asked = counted(monkeypatch, WritableSparseExtent, "write")
+    rng = random.Random(8)
+    with open_disk(image.path, writable=True) as disk:
+        grain = disk.links[0].grain
+        for parity in range(2):  # of the grains that are written to: the second half are new ones again
+            del asked[:]
+            for offset, length in inside(disk, seed=9):
+                if offset // grain % 2 == parity:
+                    data = rng.randbytes(length)
+                    disk.pwrite(data, offset)
+                    model[offset : offset + length] = data
+            changed = [len(pages.pinned) for member in disk._members for pages in member.tables[:1]]
+            assert len(asked) == sum(changed) < 50
+            disk.flush()
+            same(disk.pread(disk.size, 0), bytes(model))
+    with open_disk(image.path) as disk:
+        same(disk.pread(disk.size, 0), bytes(model))
+    assert not check_image(image.path).findings
+
+
+def test_new_grain_that_there_is_no_room_for(tmp_path: Path) -> None:
+    """An error, a hole as before; and what did get written has gone when the space is used again."""
+    image = NEW["sparse"](str(tmp_path), "disk")
+    with open_disk(image.path, writable=True) as disk:
+        disk.pwrite(b"first", 0)  # the table is changed, so what comes is made at once
+        with pytest.MonkeyPatch.context() as patched:
+            pwrite = os.pwrite
+
+            def half(fd: int, data: Any, at: int) -> int:
+                if len(data) <= 3:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return pwrite(fd, data[:3], at)
+
+            patched.setattr(os, "pwrite", half)
+            with pytest.raises(StorageError) as caught:
+                disk.pwrite(b"secret", 8 * KIB)
+        assert caught.value.errno == errno.ENOSPC
+        assert not any(disk.pread(4 * KIB, 8 * KIB))
+        disk.flush()
+        size = os.path.getsize(image.path)
+        disk.pwrite(b"x", 8 * KIB)
+        same(disk.pread(4 * KIB, 8 * KIB), b"x" + bytes(4 * KIB - 1))
+        disk.flush()
+        assert os.path.getsize(image.path) == size
+    assert not check_image(image.path).findings
+
+
+def test_two_writers_of_a_new_grain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second waits until there is one, and writes into it."""
+    taken: list[int] = []
+    take = Allocator.take_grains
+
+    def taking(self: Allocator, count: int) -> int:
+        taken.append(take(self, count))
+        if len(taken) == 2:
+            second.start()
+            second.join(0.2)
+        return taken[-1]
+
+    monkeypatch.setattr(Allocator, "take_grains", taking)
+    image = NEW["sparse"](str(tmp_path), "disk")
+    with open_disk(image.path, writable=True) as disk:
+        second = threading.Thread(target=disk.pwrite, args=(b"b" * SECTOR, 8 * KIB + SECTOR))
+        disk.pwrite(b"first", 0)
+        disk.pwrite(b"a" * SECTOR, 8 * KIB)
+        second.join()
+        assert len(taken) == 2
+        same(disk.pread(4 * KIB, 8 * KIB), b"a" * SECTOR + b"b" * SECTOR + bytes(4 * KIB - 2 * SECTOR))
+
+
+def test_new_grains_of_a_child(tmp_path: Path) -> None:
+    """What is not written is the parent's, so a new grain is more than what is written."""
+    base = desc.monolithic_sparse(str(tmp_path), "base", FULL)
+    image = desc.monolithic_sparse(str(tmp_path), "child", EMPTY, parent=base)
+    with open_disk(image.path, writable=True) as disk:
+        model = bytearray(FULL.read(0, FULL.size))
+        for offset in range(0, disk.size, GRAIN):
+            disk.pwrite(b"x", offset)
+            model[offset] = ord("x")
         same(disk.pread(disk.size, 0), bytes(model))
 
 
@@ -354,3 +452,14 @@ def test_latched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same(disk.pread(SECTOR, 0), b"a" * SECTOR)
     with pytest.raises(VmdkError):
         disk.close()
+
+
+def test_writes_across_the_edge_of_two_extents(tmp_path: Path) -> None:
+    """An extent's last grain need not be whole: its rest is not the place of what the next one has."""
+    image = desc.split_sparse(str(tmp_path), "disk", EMPTY, 3001)
+    edge = 3001 * SECTOR
+    with open_disk(image.path, writable=True) as disk:
+        disk.pwrite(b"a", edge - GRAIN)
+        for data in (b"b" * 2 * SECTOR, b"c" * 2 * SECTOR):  # new grains, then what is there
+            disk.pwrite(data, edge - SECTOR)
+            same(disk.pread(4 * SECTOR, edge - 2 * SECTOR), bytes(SECTOR) + data + bytes(SECTOR))
