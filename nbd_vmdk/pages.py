@@ -138,9 +138,11 @@ class Pages:
             table = self.load(page)
             assert table is not None, "only a page that exists is pinned"
             if table is self.empty:
-                table = array(self._typecode, table)
-            self.pinned[page] = table
-            self.clean.drop(page)
+                table = self.pinned[page] = array(self._typecode, table)
+                self.clean.drop(page)
+            else:
+                # If it is in the cache it stays there, and there is no other one that could be out of date.
+                self.pinned[page] = table
         return table
 
     def create(self, page: int) -> "array[int]":
@@ -176,5 +178,7 @@ class Pages:
                 if not durable:
                     self.dirty.add(dirty.page)
                 elif dirty.page not in self.dirty:
-                    self.clean.put(dirty.page, self.pinned[dirty.page])
+                    table = self.pinned[dirty.page]
+                    if self.clean.young.get(dirty.page) is not table:
+                        self.clean.put(dirty.page, table)
                     del self.pinned[dirty.page]
