@@ -330,9 +330,10 @@ class Disk:
             self._check_writable(offset, length)
             if not length:
                 return  # there is nothing to be durable either
-        if self._write_once(buf, offset):
-            if not committer.timed:
-                committer.start_timer()
+        extent = self._write_once(buf, offset)
+        if extent is not None:
+            if extent.holds_more or not committer.timed:
+                committer.wrote(extent)
         elif self._only is not None:  # the usual case needs no search for the extent
             self._only.write(buf, offset, self._below)
             committer.wrote(self._only)

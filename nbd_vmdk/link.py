@@ -176,13 +176,13 @@ class Link:
         starts = self._starts
         writers: list[Writer | None] = [None] * len(starts)
 
-        def write(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> WritableExtent | None:
             index = bisect_right(starts, offset) - 1
             inside = writers[index]
             if inside is None:
                 extent = self.extents[index].writable
                 if extent is None:
-                    return False
+                    return None
                 inside = writers[index] = extent.writer(alone=alone)
             return inside(buf, offset - starts[index])
 

@@ -55,9 +55,9 @@ Edges = tuple[list[int], bool]
 #: Fills a buffer with the bytes of an extent, a link or a disk from an offset on, or raises.
 Reader = Callable[[memoryview, int], None]
 
-#: Writes a buffer at an offset of an extent, a link or a disk; False, having done nothing, where that takes
-#: more than a look at a table in memory.
-Writer = Callable[[memoryview, int], bool]
+#: Writes a buffer at an offset of an extent or a link, and tells the extent; None, with nothing done, where
+#: that takes more than a look at a table in memory.
+Writer = Callable[[memoryview, int], "WritableExtent | None"]
 
 #: Fills a buffer with what the links below hold at an offset of this extent (copy-on-write needs it).
 Below = Callable[[memoryview, int], None]
@@ -118,8 +118,8 @@ class Extent(ABC):
             self.storage.close()
 
 
-def _write_nothing(_buf: memoryview, _offset: int) -> bool:
-    return False
+def _write_nothing(_buf: memoryview, _offset: int) -> None:
+    return None
 
 
 class WritableExtent(Extent):

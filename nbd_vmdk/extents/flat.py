@@ -59,12 +59,12 @@ class FlatExtent(WritableExtent):
         """See WritableExtent."""
         storage, start, size = self.storage, self.start, self.size
 
-        def write(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> "FlatExtent | None":
             if not 0 <= offset <= size - len(buf):
-                return False
+                return None
             storage.write(buf, start + offset)
             self.touched = True
-            return True
+            return self
 
         return write
 

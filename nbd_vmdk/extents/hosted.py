@@ -127,8 +127,6 @@ class HostedExtent(WritableSparseExtent):
         if header.zeroed_grains:
             self.zero_entry = _ZERO_GRAIN
         self._warned = False
-        #: Tables that are known to be named by both directories.
-        self._paired: set[int] = set()
         if storage.writable:
             allocator = Allocator(storage, header.grain, MAX_GRAIN_AT)
             self.enable_writing(places, allocator, unclean_at=UNCLEAN_AT, was_unclean=header.unclean)
@@ -144,17 +142,15 @@ class HostedExtent(WritableSparseExtent):
             return Kind.ZERO, 0
         raise self._bad_entry(entry, index, "points into the extent's own tables")
 
-    def _table_for_change(self, number: int) -> "array[int]":
-        table = super()._table_for_change(number)
-        if number not in self._paired:
-            if self._places.lacking(number):
-                # One directory alone names the table, after a crash or by damage; other readers may know only
-                # the other one.  The second place gets what the table holds now: were it empty, a crash
-                # between the writes of the next commit would leave a directory that leads to nothing.
-                self._create_table(number, self._tables.encode(table))
-                table = self._pin(number)
-                self._tables.dirty.add(number)
-            self._paired.add(number)
+    def _make_ready(self, number: int, table: "array[int] | None") -> "array[int]":
+        table = super()._make_ready(number, table)
+        if self._places.lacking(number):
+            # One directory alone names the table, after a crash or by damage; other readers may know only
+            # the other one.  The second place gets what the table holds now: were it empty, a crash between
+            # the writes of the next commit would leave a directory that leads to nothing.
+            self._create_table(number, self._tables.encode(table))
+            table = self._pin(number)
+            self._tables.dirty.add(number)
         return table
 
 

@@ -48,6 +48,8 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         # Directories come after the tables that they name.
         self.tables = (self._tables, *places.directories)
         self.freed: list[int] = []
+        #: Tables that need nothing more before they are changed.
+        self._ready: set[int] = set()
         self._unclean_at = unclean_at
         self._was_unclean = was_unclean
         self._announced = False
@@ -109,17 +111,14 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 first = index
 
     def writer(self, *, alone: bool) -> Writer:
-        """See WritableExtent: into one grain, which may be new if a table is changed already.
-
-        What must be done where a table is changed for the first time takes the longer way.
-        """
+        """See WritableExtent: into one grain, which may be new where its table is ready for changes."""
         storage, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
         clean, pinned, dirty = self._clean, self._pinned, self._tables.dirty
         grain_bits, table_bits, in_grain, in_table = self._split()
         lock, allocator, take_grains = self._tables.lock, self._allocator, self._allocator.take_grains
-        tickets, writing = allocator.tickets, allocator.writing
+        tickets, writing, ready = allocator.tickets, allocator.writing, self._ready
 
-        def write(buf: memoryview, offset: int) -> bool:
+        def write(buf: memoryview, offset: int) -> "WritableSparseExtent | None":
             length = len(buf)
             number = offset >> table_bits
             slot = offset >> grain_bits & in_table
@@ -130,23 +129,23 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 # A table that others write to is pinned, mostly; one on its way to the others is in both.
                 table = pinned.get(number) or clean.young.get(number)
                 if table is None or within + length > grain or offset + length > size:
-                    return False
+                    return None
                 entry = table[slot]
                 if entry >= lowest:
                     at = entry * SECTOR + within
                     if at + length > allocator.end:
-                        return False
+                        return None
                     storage.write(buf, at)
                     self.touched = True
-                    return True
+                    return self
             finally:
                 writing.discard(ticket)
-            if entry or not alone:
-                return False
+            if entry or not alone or number not in ready:
+                return None
             with lock(number):
-                table = pinned.get(number)
+                table = pinned.get(number) or clean.young.get(number)
                 if table is None or table[slot]:
-                    return False
+                    return None
                 at = take_grains(1)
                 try:
                     storage.write(buf, at + within)
@@ -154,9 +153,10 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                     self._abandon(at, 1)
                     raise
                 self.touched = True
+                table = pinned.get(number) or self._pin(number)
                 table[slot] = at // SECTOR
                 dirty.add(number)
-                return True
+                return self
 
         return write
 
@@ -247,6 +247,13 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         It is pinned only after all that can fail.
         """
         table = self._tables.load(number)
+        if table is None or number not in self._ready:
+            table = self._make_ready(number, table)
+            self._ready.add(number)
+        return table
+
+    def _make_ready(self, number: int, table: "array[int] | None") -> "array[int]":
+        """Do what must be done once before a table is changed; ``table`` is None where there is none."""
         if table is None:
             self._create_table(number)
             table = self._tables.create(number)

@@ -932,18 +932,21 @@ def test_dirty_tables_are_bounded(
     folder, disk = make(desc.monolithic_sparse(str(tmp_path), "top", Content(MIB), grain_sectors=1, gtes=4))
     member = disk._members[0]
     most = 0
-    for at in range(0, MIB, 4 * SECTOR):
-        disk.pwrite(b"x" * 10, at)
-        most = max(most, member.held)
-    assert most < 80 * KIB
-    assert folder.log.count("sync") >= 4
+    for slot in range(2):  # tables that are made, and then those that are in memory
+        syncs = folder.log.count("sync")
+        for at in range(slot * SECTOR, MIB, 4 * SECTOR):
+            disk.pwrite(b"x" * 10, at)
+            most = max(most, member.held)
+        assert most < 80 * KIB
+        assert folder.log.count("sync") >= syncs + 4
+        disk.flush()
     check_order(folder, "top.vmdk")
     syncs = folder.log.count("sync")
     for at in range(0, MIB, 4 * SECTOR):
         disk.trim(SECTOR, at)
         most = max(most, member.held)
     assert most < 80 * KIB
-    assert folder.log.count("sync") >= syncs + 4
+    assert folder.log.count("sync") >= syncs + 3
 
 
 def test_dirty_tables_are_bounded_where_commits_fail(

@@ -260,14 +260,17 @@ def test_a_table_that_only_the_twin_has(tmp_path: Path) -> None:
     shows(image)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("redundant", [False, True])
-def test_a_change_mends_the_directory_that_lost_a_table(tmp_path: Path, redundant: bool) -> None:
+def test_a_change_mends_the_directory_that_lost_a_table(tmp_path: Path, redundant: bool, known: bool) -> None:
     """Readers that know only the other directory must see what we write."""
     image, content = damaged(tmp_path)
     extent = image.hosted()
     poke(extent.path, extent.gde_at(1, redundant=redundant), words(0))
     content.put(40 * MIB, b"new!" * 1000)
     with open_disk(image.path, writable=True) as disk:
+        if known:
+            disk.pread(SECTOR, 40 * MIB)
         disk.pwrite(b"new!" * 1000, 40 * MIB)
         reads(disk, content)
     entries = [peek(extent.path, extent.gde_at(1, redundant=copy), 4) for copy in (False, True)]
