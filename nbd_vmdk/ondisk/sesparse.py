@@ -22,8 +22,15 @@ ENTRY_UNALLOCATED: Final = 0
 ENTRY_UNMAPPED: Final = 1
 ENTRY_ZERO: Final = 2
 ENTRY_ALLOCATED: Final = 3
+#: An entry's state is in its top nibble.  Below it is the number of a grain, stored rotated: its low 12 bits
+#: in bits 48 to 59, the rest from bit 0 on.
+STATE_AT: Final = 60
+LOW_AT: Final = 48
+LOW_BITS: Final = 12
+LOW_MASK: Final = (1 << LOW_BITS) - 1
+REST_MASK: Final = (1 << LOW_AT) - 1
 #: Adding this to an allocated entry names the next grain of the file (until the 12 bits overflow).
-ENTRY_STEP: Final = 1 << 48
+ENTRY_STEP: Final = 1 << LOW_AT
 
 _CONST: Final = struct.Struct("<26Q")
 #: The byte of the constant header from which on it has the offset and the size of each area.
@@ -73,6 +80,11 @@ class SeSparseHeader:
     def directory_entries(self) -> int:
         """Grain tables that the capacity needs."""
         return -(-self.capacity_sectors // (ENTRIES_PER_TABLE * _GRAIN_SECTORS))
+
+    @property
+    def grain_count(self) -> int:
+        """Grains that the grain area has room for: no entry names one behind them."""
+        return self.grains.length // self.grain
 
 
 def parse_header(data: bytes, file: str) -> SeSparseHeader:
@@ -155,7 +167,7 @@ def table_index(entry: int, header: SeSparseHeader, file: str) -> int | None:
 def grain_at(entry: int, header: SeSparseHeader, file: str) -> int:
     """Byte position of the grain that an allocated entry (top nibble 3) names.  BadField if outside."""
     index = _grain_index(entry)
-    if (index + 1) * header.grain > header.grains.length:
+    if index >= header.grain_count:
         raise BadField(file, field="grain table entry", value=f"{entry:#x}", why="names no grain of the file")
     return header.grains.at + index * header.grain
 
@@ -163,9 +175,8 @@ def grain_at(entry: int, header: SeSparseHeader, file: str) -> int:
 def grains_behind(entry: int, header: SeSparseHeader) -> int:
     """How often :data:`ENTRY_STEP` can be added to an allocated entry and name the next grain of the file."""
     index = _grain_index(entry)
-    return min(0xFFF - (index & 0xFFF), header.grains.length // header.grain - 1 - index)
+    return min(LOW_MASK - (index & LOW_MASK), header.grain_count - 1 - index)
 
 
 def _grain_index(entry: int) -> int:
-    """The number of a grain, stored rotated: its low 12 bits in bits 48 to 59, the rest from bit 0 on."""
-    return ((entry >> 48) & 0xFFF) | ((entry & 0xFFFFFFFFFFFF) << 12)
+    return (entry & REST_MASK) << LOW_BITS | entry >> LOW_AT & LOW_MASK
