@@ -1,12 +1,11 @@
 """Extents without tables: FLAT and VMFS (a piece of a file or device), ZERO, and what can't be read."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 
 from nbd_vmdk.errors import Unreadable, WriteRefused
 from nbd_vmdk.extents.base import Below, Extent, Kind, Mapping, Reader, WritableExtent, Writer
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.window import local_file
 
 
 class FlatExtent(WritableExtent):
@@ -33,10 +32,11 @@ class FlatExtent(WritableExtent):
 
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: any range, in a file of this machine."""
-        if type(self.storage) is not LocalFile:
+        local = local_file(self.storage)
+        if local is None:
             return otherwise
-        file, start, size = self.storage, self.start, self.size
-        preadv = os.preadv
+        file, preadv = local
+        start, size = self.start, self.size
 
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)

@@ -17,7 +17,6 @@ before and after known writes on ESXi itself, each with its bitmap, back map and
 the opposite way, ESXi's own check of what was written here.  Till then a hosted child over it can be written.
 """
 
-import os
 from array import array
 from typing import Final
 
@@ -29,7 +28,7 @@ from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.ondisk import sesparse
 from nbd_vmdk.ondisk.sesparse import SeSparseHeader
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.window import local_file
 
 #: Above every 64-bit entry: none of them is a plain sector number.
 _NO_PLAIN_ENTRY: Final = 1 << 64
@@ -79,16 +78,17 @@ class SeSparseExtent(SparseExtent):
 
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: as SparseExtent's, of entries that are taken apart as sesparse.grain_at() does."""
-        if type(self.storage) is not LocalFile:
+        local = local_file(self.storage)
+        if local is None:
             return otherwise
-        file, size, grain = self.storage, self.size, self.grain
+        file, preadv = local
+        size, grain = self.size, self.grain
         first, count = self.header.grains.at, self.header.grain_count
         clean = self._clean  # nothing is pinned, as nothing is changed
         grain_bits, table_bits, in_grain, in_table = self._split()
         allocated, state_at = sesparse.ENTRY_ALLOCATED, sesparse.STATE_AT - sesparse.LOW_AT
         low_at, low_bits = sesparse.LOW_AT, sesparse.LOW_BITS
         low_mask, rest_mask = sesparse.LOW_MASK, sesparse.REST_MASK
-        preadv = os.preadv
 
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)

@@ -8,7 +8,6 @@ Threads: mapping takes no lock.  An entry is set after the grain's bytes are in 
 old state or the new one, never a grain half filled.
 """
 
-import os
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from nbd_vmdk.extents.base import Edges, Extent, Kind, Mapping, Reader
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.window import local_file
 from nbd_vmdk.units import SECTOR
 
 #: Looking a member of an enum up takes as long as a step of arithmetic, and each request does it.
@@ -102,13 +101,14 @@ class SparseExtent(Extent):
 
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: what lies in one grain, in a file of this machine, by a table that is in memory."""
-        # Another kind of file may be read in another way; where no entry is plain there is nothing to find.
-        if type(self.storage) is not LocalFile or self._lowest.bit_length() > 8 * self._tables.width:
+        local = local_file(self.storage)
+        # Where no entry is plain there is nothing to find.
+        if local is None or self._lowest.bit_length() > 8 * self._tables.width:
             return otherwise
-        file, size, grain, lowest = self.storage, self.size, self.grain, self._lowest
+        file, preadv = local
+        size, grain, lowest = self.size, self.grain, self._lowest
         clean, pinned = self._clean, self._pinned
         grain_bits, table_bits, in_grain, in_table = self._split()
-        preadv = os.preadv
 
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)

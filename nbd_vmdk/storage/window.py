@@ -2,10 +2,16 @@
 
 # ruff: noqa: D102  the contract is in base.py
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from nbd_vmdk.errors import Truncated
 from nbd_vmdk.storage.base import Storage
+from nbd_vmdk.storage.local import LocalFile
+
+#: os.preadv, or what is called as it is: (descriptor, buffers, place).
+Preadv: TypeAlias = Callable[[int, tuple[memoryview], int], int]
 
 
 class Window(Storage):
@@ -55,3 +61,31 @@ class Window(Storage):
 
     def close(self) -> None:
         self._base.close()
+
+    def local_file(self) -> tuple[LocalFile, Preadv] | None:
+        """See :func:`local_file`."""
+        around = local_file(self._base)
+        if around is None:
+            return None
+        file, base_preadv = around
+        offset, length = self._offset, self._length
+
+        def preadv(fd: int, buffers: tuple[memoryview], at: int) -> int:
+            if 0 <= at <= length - len(buffers[0]):
+                return base_preadv(fd, buffers, offset + at)
+            return -1
+
+        return file, preadv
+
+
+def local_file(storage: Storage) -> tuple[LocalFile, Preadv] | None:
+    """The file of this machine that ``storage`` is, or lies in as it is; and what reads it there.
+
+    That is for those who read at once (see Extent.reader), with the file's descriptor, a buffer of bytes and
+    a place in ``storage``.  Whatever has not filled the buffer, or raises OSError, is to be asked for again
+    by read_into().  What lies around a window is not read.  None says that read_into() is the only way.
+    """
+    # Of these alone it is known that nobody has changed what reading does.
+    if type(storage) is LocalFile:
+        return storage, os.preadv
+    return storage.local_file() if type(storage) is Window else None
