@@ -22,7 +22,7 @@ from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.stream import FOOTER_LENGTH, GRAIN_MARKER, footer_header_offset
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.local import LocalFile
+from nbd_vmdk.storage.window import local_file
 from nbd_vmdk.units import MIB, SECTOR
 
 #: Inflating needs a whole grain in memory; no writer makes compressed grains over 64 KiB.
@@ -77,7 +77,7 @@ class Inflater:
         self._needed = min(size, header.capacity)
         self._file_size = storage.size
         # Where a file is not one of this machine (it is inside gzip data), reading again may be dear.
-        self._direct = isinstance(storage, LocalFile)
+        self._direct = local_file(storage) is not None
         #: Grains whose bytes are still to be kept, though they may be only stored.  A generation of the cache
         #: holds them all and many layouts: it would end all the time if they filled it.
         self._room = cache.budget // 16 * 7 // self._grain

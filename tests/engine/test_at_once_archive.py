@@ -33,6 +33,7 @@ KINDS: dict[str, Callable[[str, str], Image]] = {
     "sparse": lambda folder, name: desc.monolithic_sparse(folder, name, FULL),
     "COWD": lambda folder, name: desc.vmfs_sparse(folder, name, FULL, grain_sectors=16),
     "seSparse": lambda folder, name: desc.se_sparse(folder, name, FULL),
+    "stream of noise": lambda folder, name: desc.stream_optimized(folder, name, FULL, level=0),
 }
 
 
@@ -61,7 +62,8 @@ def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -
     image = KINDS[kind](str(tmp_path), "disk")
     path, _ = packed(tmp_path, image)
     asked = long_way(monkeypatch)
-    with open_disk(path) as disk:
+    # With a cache of a MiB, of grains of noise nothing but where they are is remembered.
+    with open_disk(path, cache_size=MIB) as disk:
         ranges = [(at, SECTOR) for at in range(0, disk.size - SECTOR, 3 * SECTOR)] + [(disk.size - 1, 1)]
         for offset, length in ranges:
             same(disk.pread(length, offset), image.visible.read(offset, length), offset)
@@ -69,7 +71,8 @@ def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -
         asked.clear()
         for offset, length in ranges:
             same(disk.pread(length, offset), image.visible.read(offset, length), offset)
-        assert not asked
+        # There is no layout of the last grain, which the disk's end cuts short.
+        assert all(kind == "stream of noise" and offset >= disk.size - 7 * SECTOR for offset in asked)
         same(disk.pread(disk.size, 0), image.visible.read(0, disk.size))
 
 
