@@ -132,7 +132,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
             folder = child.folder.folder_of(name)
             if is_guess and not _has_cid(child.folder, name, descriptor.parent_cid):
                 continue
-            parent = open_link(folder, _plain(name), options, cache, writable=False)
+            parent = open_link(folder, plain_name(name), options, cache, writable=False)
         except FileMissing as error:
             if error.file is not None and last_component(error.file) != last_component(name):
                 raise  # the parent is there, but a file of its own is not
@@ -160,7 +160,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
     raise ParentNotFound(child.name, parent=hint or "(no name given)", cid=cid)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name in its folder; a backslash is a part of it, where it turns out to be no separator."""
     return name.rpartition("/")[2]
 

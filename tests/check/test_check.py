@@ -19,6 +19,7 @@ from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import FileMissing, NotVmdk, Unsupported, VmdkError
 from nbd_vmdk.ops.check.findings import LISTED, Finding, Repair
 from nbd_vmdk.ops.check.runner import Report, check_image
+from nbd_vmdk.ops.create import create_image
 from tests.breaking import BREAKS, COARSE, CONTENT, Break, child_of_sparse, sparse, split
 from tests.images import desc, ova, peek, poke
 from tests.images.content import GIB, KIB, MIB, SECTOR, TIB, Content
@@ -316,6 +317,18 @@ def test_outside_the_folder(tmp_path: Path) -> None:
     (finding,) = check_image(image.path).findings
     assert finding.slug == "not-trusted"
     assert not told(check_image(image.path, allow_dirs=(tmp_path,)))
+
+
+def test_parent_whose_name_has_a_backslash(tmp_path: Path) -> None:
+    """What unpacks archives of Windows may leave such names: the backslash is a part of this one."""
+    base, child = tmp_path / "vm\\base.vmdk", tmp_path / "child.vmdk"
+    create_image(base, MIB)
+    create_image(child, parent=str(base))
+    with open_disk(child) as disk:
+        assert [link.name for link in disk.links] == [str(child), str(base)]
+    report = check_image(child)
+    assert told(report) == []
+    assert report.links == [str(child), str(base)]
 
 
 def test_parent_that_the_user_names(tmp_path: Path) -> None:

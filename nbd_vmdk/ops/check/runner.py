@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates
+from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates, plain_name
 from nbd_vmdk.errors import FileMissing, FormatError, TrustError, VmdkError
 from nbd_vmdk.look import descriptors_in, read_descriptor
 from nbd_vmdk.ondisk.descriptor import last_component
@@ -233,16 +233,16 @@ class _Chain:
             return None
         for name, is_guess in parent_candidates(descriptor.parent_hint) if descriptor.parent_hint else ():
             try:
-                folder = link.folder.folder_of(name)
-                folder.open(last_component(name)).close()
+                folder, plain = link.folder.folder_of(name), plain_name(name)
+                folder.open(plain).close()
             except (FileMissing, TrustError):
                 continue
             except VmdkError as error:
                 self._tell(link, depth, error.slug, str(error), _UNREADABLE, error.hint or "")
                 return None
-            if is_guess and _cid_of(folder, last_component(name)) != descriptor.parent_cid:
+            if is_guess and _cid_of(folder, plain) != descriptor.parent_cid:
                 continue
-            return folder, last_component(name)
+            return folder, plain
         self._report_missing(link, depth)
         return None
 
