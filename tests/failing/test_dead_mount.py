@@ -21,8 +21,18 @@ _HERE = shutil.which("nbdfuse") and shutil.which("fusermount3") and os.access("/
 
 def fuse_of(folder: Path) -> int:
     """The nbdfuse behind a mount."""
-    found = subprocess.run(["pgrep", "-f", f"^nbdfuse {folder} "], capture_output=True, text=True, check=True)
-    return int(found.stdout)
+    begin = f"nbdfuse\0{folder}\0".encode()
+    (found,) = [
+        each.parent for each in Path("/proc").glob("[0-9]*/cmdline") if words_of(each).startswith(begin)
+    ]
+    return int(found.name)
+
+
+def words_of(command_line: Path) -> bytes:
+    try:
+        return command_line.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # It ended after it was listed.
+        return b""
 
 
 def answers(folder: Path) -> bool:
