@@ -32,11 +32,11 @@ def check(image: str, as_json: bool, **options: Any) -> int:
     if as_json:
         output.json_object(report.as_dict())
     else:
-        findings.show(report.findings)
+        findings.show(report)
         output.line(f"{output.clean(report.filename)}: {findings.summary(report)}")
         sys.stdout.flush()
-        if any(not isinstance(finding.repair, str) for finding in report.findings):
-            hint = f"nbd-vmdk repair {shlex.quote(report.filename)} shows what would be mended"
+        if names := findings.mendable(report):
+            hint = f"nbd-vmdk repair {shlex.quote(names[0])} shows what would be mended"
             if report.sealed is not None:
                 hint = "in an archive nothing is mended: take the disk out of it first"
             output.message("hint", hint)

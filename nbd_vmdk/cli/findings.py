@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -32,19 +33,26 @@ def exit_code(report: "Report") -> int:
     return HARMLESS if report.findings else CLEAN
 
 
-def mending(finding: "Finding") -> str:
+def mending(finding: "Finding", report: "Report") -> str:
     """What mends a finding, or why nothing does."""
     repair = finding.repair
     if isinstance(repair, str):
         return f"none: {repair}" if repair else "none"
     if finding.depth:
-        return f"{repair.text} (repair {finding.file} by its own name)"
+        return f"{repair.text} (repair {report.links[finding.depth]} by its own name)"
     return repair.text if repair.asks is None else f"only on request: {repair.text} ({repair.asks})"
 
 
-def show(findings: Sequence["Finding"], mended: Callable[["Finding"], str] = mending) -> None:
+def mendable(report: "Report") -> list[str]:
+    """What ``repair`` is to be told to mend what was found: the image if it mends that, else its parents."""
+    depths = {finding.depth for finding in report.findings if not isinstance(finding.repair, str)}
+    return [report.filename] if 0 in depths else [report.links[depth] for depth in sorted(depths)]
+
+
+def show(report: "Report", mended: Callable[["Finding"], str] | None = None) -> None:
     """Print findings: a table on a terminal, blocks of lines elsewhere."""
-    (_show_table if output.colourful(sys.stdout) else _show_lines)(findings, mended)
+    told = mended if mended is not None else partial(mending, report=report)
+    (_show_table if output.colourful(sys.stdout) else _show_lines)(report.findings, told)
 
 
 def _show_lines(findings: Sequence["Finding"], mended: Callable[["Finding"], str]) -> None:

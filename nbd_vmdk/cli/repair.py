@@ -55,10 +55,10 @@ def repair(image: str, apply: bool, undo: bool, as_json: bool, **options: Any) -
         output.json_object(facts if apply else {"applied": False, "before": plan.as_dict()})
         return findings.exit_code(left)
     name = output.clean(plan.report.filename)
-    findings.show(plan.report.findings, lambda finding: _fate(finding, plan, done=apply))
+    findings.show(plan.report, lambda finding: _fate(finding, plan, done=apply))
     if apply and plan.chosen:
         output.line(f"{name}: repaired; what was changed is in {output.clean(undo_path(image))}")
-        findings.show(left.findings)
+        findings.show(left)
         output.line(f"{name}: {findings.summary(left)}")
         if make_plan(left).chosen:
             what = "more can be mended now: move the undo file away, and repair again"
@@ -88,9 +88,9 @@ def _fate(finding: "Finding", plan: "Plan", *, done: bool) -> str:
         assert not isinstance(repair, str)
         return f"{'done' if done else 'planned'}: {repair.text}"
     if isinstance(repair, str):
-        return findings.mending(finding)
+        return findings.mending(finding, plan.report)
     if finding.depth:
-        return f"not here: repair {finding.file} by its own name"
+        return f"not here: repair {plan.report.links[finding.depth]} by its own name"
     return f"only with --also {finding.slug}: {repair.text} ({repair.asks})"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nbd_vmdk.cli import main
+from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.info import image_info
 from tests.breaking import BREAKS, CONTENT, sparse, streamed
 from tests.images import cut, desc, ova, poke
@@ -261,6 +262,28 @@ def test_damage_in_an_archive_is_not_to_be_mended(tmp_path: Path, capsys: pytest
     assert lines[1:] == [
         "hint: the archive was cut off, perhaps by an interrupted copy or download: get it again"
     ]
+
+
+def test_what_a_parent_needs_is_named_by_the_parent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair of the child mends nothing there, and one of an extent is refused."""
+    monkeypatch.chdir(tmp_path)
+    create_image("my base.vmdk", 4 * MIB, kind="twoGbMaxExtentSparse", extent_size=2 * MIB)
+    create_image("child.vmdk", parent="my base.vmdk")
+    poke("my base-s001.vmdk", 72, b"\1")
+    assert main(["check", "child.vmdk"]) == 4
+    out, err = capsys.readouterr()
+    assert "warning: my base-s001.vmdk (byte 72): unclean" in out
+    assert "clear the mark (repair my base.vmdk by its own name)" in out
+    assert err == "hint: nbd-vmdk repair 'my base.vmdk' shows what would be mended\n"
+    assert main(["repair", "child.vmdk"]) == 4
+    assert "not here: repair my base.vmdk by its own name" in capsys.readouterr().out
+    assert main(["repair", "my base.vmdk"]) == 4
+    assert "1 repair planned" in capsys.readouterr().out
+    poke("child-s001.vmdk", 72, b"\1")
+    assert main(["check", "child.vmdk"]) == 4
+    assert capsys.readouterr().err == "hint: nbd-vmdk repair child.vmdk shows what would be mended\n"
 
 
 def test_no_repair_is_named_for_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
