@@ -1,5 +1,6 @@
 """File systems of a test's own, mounted from a file; tests that need one are skipped where none can be."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ _MKFS = {
     "btrfs": ("mkfs.btrfs", "-q"),
     "xfs": ("mkfs.xfs", "-q"),
 }
+
+# A user's PATH has no such folders on Debian, nor has root's behind a plain su.
+FINDING_ALL = {**os.environ, "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"}
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def mounted(place: Path, kind: str, size: int) -> Iterator[str]:
         with open(image, "wb") as file:
             file.truncate(size)
         try:
-            subprocess.run([*_MKFS[kind], str(image)], check=True, capture_output=True)
+            subprocess.run([*_MKFS[kind], str(image)], check=True, capture_output=True, env=FINDING_ALL)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no {kind} can be made: {error}")
         command = ["mount", "-o", "loop", str(image), str(where)]

@@ -17,6 +17,7 @@ from tests.failing import Served
 from tests.images import desc, peek
 from tests.images.content import KIB, MIB, SECTOR
 from tests.images.desc import ExtentLine
+from tests.mounted import FINDING_ALL
 from tests.plugin import PLUGIN, Nbdkit, errno_of, refusal
 
 SIZE = 8 * MIB
@@ -30,7 +31,11 @@ def device(tmp_path: Path) -> Iterator[str]:
     backing.write_bytes(os.urandom(SIZE))
     try:
         done = subprocess.run(
-            ["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False
+            ["losetup", "--find", "--show", str(backing)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=FINDING_ALL,
         )
     except OSError as error:
         pytest.skip(f"no loop device can be made: {error}")
@@ -40,7 +45,7 @@ def device(tmp_path: Path) -> Iterator[str]:
     try:
         yield name
     finally:
-        subprocess.run(["losetup", "--detach", name], check=True)
+        subprocess.run(["losetup", "--detach", name], check=True, env=FINDING_ALL)
 
 
 def on_device(path: str) -> bytes:
