@@ -331,6 +331,25 @@ def test_parent_whose_name_has_a_backslash(tmp_path: Path) -> None:
     assert report.links == [str(child), str(base)]
 
 
+def test_parent_outside_the_folder(tmp_path: Path) -> None:
+    """It is there: the way is to allow its folder, not to look for it."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "child").mkdir()
+    base, child = tmp_path / "base" / "base.vmdk", tmp_path / "child" / "child.vmdk"
+    create_image(base, MIB)
+    create_image(child, parent=str(base), allow_dirs=(base.parent,))
+    (finding,) = check_image(child).findings
+    assert (finding.slug, finding.what) == (
+        "not-trusted",
+        "its parent ../base/base.vmdk: outside the image's folder",
+    )
+    assert finding.repair == f"to let the image use it, add --allow-dir {base.parent}"
+    assert not told(check_image(child, allow_dirs=(base.parent,)))
+    # One beside it with the right content ID is the parent that was meant, as for reading.
+    shutil.copy(base, child.parent / "copy.vmdk")
+    assert [finding.slug for finding in check_image(child).findings] == ["parent-not-found"]
+
+
 def test_parent_that_the_user_names(tmp_path: Path) -> None:
     image = child_of_sparse(str(tmp_path))
     assert image.parent is not None

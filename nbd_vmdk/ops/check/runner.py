@@ -231,11 +231,16 @@ class _Chain:
                 why = "the descriptor was edited or damaged: which of the two is right is not known"
                 self._tell(link, depth, "parent-contradicted", what, "the image can't be opened", why)
             return None
+        refused: TrustError | None = None
         for name, is_guess in parent_candidates(descriptor.parent_hint) if descriptor.parent_hint else ():
             try:
                 folder, plain = link.folder.folder_of(name), plain_name(name)
                 folder.open(plain).close()
-            except (FileMissing, TrustError):
+            except FileMissing:
+                continue
+            except TrustError as error:
+                if not is_guess:  # nobody asked for what is a guess
+                    refused = refused or error
                 continue
             except VmdkError as error:
                 self._tell(link, depth, error.slug, str(error), _UNREADABLE, error.hint or "")
@@ -243,15 +248,19 @@ class _Chain:
             if is_guess and _cid_of(folder, plain) != descriptor.parent_cid:
                 continue
             return folder, plain
-        self._report_missing(link, depth)
+        self._report_missing(link, depth, refused)
         return None
 
-    def _report_missing(self, link: LinkFacts, depth: int) -> None:
+    def _report_missing(self, link: LinkFacts, depth: int, refused: TrustError | None) -> None:
         assert link.text is not None
         descriptor = link.text.descriptor
         cid = descriptor.parent_cid
         others = ((name, other) for name, other in descriptors_in(link.folder) if name != link.file.name)
         fitting = [name for name, other in others if other.cid == cid]
+        if refused is not None and not fitting:
+            what = f"its parent {refused.fields['name']}: {refused.fields['why']}"
+            self._tell(link, depth, refused.slug, what, _UNREADABLE, refused.hint or "")
+            return
         repair: Repair | str = "put the parent beside it, or name it with --parent FILE"
         if len(fitting) == 1:
             asks = "content IDs are drawn at random: two disks may have the same"
