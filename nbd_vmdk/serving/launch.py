@@ -1,6 +1,7 @@
 """Which nbdkit to run, with which words and in which environment."""
 
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ _NOT_PASSED = (
     "WATCHDOG_USEC",
 )
 
+#: What says in which characters programs talk; the first that is set does.
+_LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
+
 
 def find_nbdkit() -> str:
     """The nbdkit to run: the one that ``NBDKIT`` names, or the one on PATH.  ServerError if there is none."""
@@ -42,6 +46,12 @@ def nbdkit_environment(nbdkit: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED}
     environment["PATH"] = os.path.dirname(nbdkit) + os.pathsep + environment.get("PATH", os.defpath)
     environment["NBD_VMDK_SITE"] = sysconfig.get_path("purelib")
+    locale = next((environment[name] for name in _LOCALE if environment.get(name)), "")
+    if not re.search("utf-?8", locale, re.IGNORECASE):
+        # nbdkit gives its Python names as UTF-8, and that one opens files by names in the locale's encoding:
+        # in "C" only those in ASCII.  It does not look at PYTHONUTF8, as the python3 program does.
+        environment.pop("LC_ALL", None)
+        environment["LC_CTYPE"] = "C.UTF-8"
     return environment
 
 

@@ -181,6 +181,19 @@ def test_nobody_is_told_without_being_asked(tmp_path: Path, monkeypatch: pytest.
     assert not notify(READY="1")
 
 
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}, {"LC_ALL": "", "LC_CTYPE": "C"}]
+)
+def test_names_in_a_locale_that_has_no_such_characters(
+    disk: Path, tmp_path: Path, locale: dict[str, str]
+) -> None:
+    """Scripts set LC_ALL=C; the Python in nbdkit then opens by names in ASCII alone, if it is let."""
+    named = tmp_path / "Gr\u00fc\u00dfe \u65e5\u672c.vmdk"
+    disk.rename(named)
+    environment = {"LANG": ""} | locale
+    assert vmdk("serve", "-r", named, "--run", 'nbdinfo --size "$uri"', environment=environment).stdout
+
+
 def test_lines_for_the_journal(tmp_path: Path) -> None:
     reader, writer = socket.socketpair()
     with reader, writer:
