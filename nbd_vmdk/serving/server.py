@@ -141,6 +141,7 @@ async def serve(
         config += [("overlay", top) for top in tops]
         if scratch:
             config.append(("scratch", "true"))
+        _check_spelling(config)
         server = Server(
             listener,
             plugin_path(),
@@ -235,6 +236,16 @@ def plugin_config(
         else:
             config.append((key, str(value).lower()))
     return config
+
+
+def _check_spelling(config: Sequence[tuple[str, str]]) -> None:
+    """ServerError for a name that is not UTF-8: nbdkit can give it to no plugin in Python."""
+    for _key, value in config:
+        try:
+            os.fsencode(value).decode()
+        except UnicodeDecodeError:
+            why = "the name is not UTF-8, and nbdkit takes no other"
+            raise ServerError(value, why=why, hint="rename the file, or the folder of that name") from None
 
 
 def _check(

@@ -194,6 +194,16 @@ def test_names_in_a_locale_that_has_no_such_characters(
     assert vmdk("serve", "-r", named, "--run", 'nbdinfo --size "$uri"', environment=environment).stdout
 
 
+def test_a_name_that_nbdkit_does_not_take(disk: Path, tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(b"Gr\xfc\xdfe.vmdk")
+    disk.rename(named)
+    words = command("serve", "-r", named, "--run", "true")
+    done = subprocess.run(words, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: " + os.fsencode(named) + b": the name is not UTF-8")
+    assert b"\nhint: rename the file" in done.stderr
+
+
 def test_lines_for_the_journal(tmp_path: Path) -> None:
     reader, writer = socket.socketpair()
     with reader, writer:
