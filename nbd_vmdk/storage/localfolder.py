@@ -46,7 +46,10 @@ class LocalFolder(Folder):
         allowed = tuple(os.fspath(folder) for folder in allow_dirs)
         for word in (image, *allowed):
             if _bytes(word) is None or not word:
-                raise OptionError(None, why=f"{word!r} is no file name")
+                # The Python in nbdkit does not go over to UTF-8 in the locale C, as the program does.
+                is_foreign = word and "\0" not in word
+                hint = "the locale has no such characters: set LC_ALL=C.UTF-8" if is_foreign else None
+                raise OptionError(None, why=f"{word!r} is no file name", hint=hint)
         folder, name = os.path.split(image.rstrip("/"))
         gate = Gate(image, allow_devices=allow_devices)
         places = gate.allow_image(folder or (os.curdir if name else "/"), name)

@@ -19,8 +19,10 @@ import pytest
 from nbd_vmdk.cli.stats import table
 from nbd_vmdk.errors import InUse, OptionError, StorageError
 from nbd_vmdk.serving import asking
+from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_environment
 from nbd_vmdk.serving.listener import listen_unix
 from nbd_vmdk.serving.notify import notify
+from nbd_vmdk.serving.server import plugin_path
 from tests.images import desc
 from tests.images.content import Content
 from tests.plugin import ROOT, errno_of, nbd
@@ -192,6 +194,18 @@ def test_names_in_a_locale_that_has_no_such_characters(
     disk.rename(named)
     environment = {"LANG": ""} | locale
     assert vmdk("serve", "-r", named, "--run", 'nbdinfo --size "$uri"', environment=environment).stdout
+
+
+def test_nbdkit_alone_in_such_a_locale(disk: Path, tmp_path: Path) -> None:
+    """It takes the locale as it is; the error says which one has the name."""
+    named = tmp_path / "Gr\u00fc\u00dfe.vmdk"
+    disk.rename(named)
+    words = ["nbdkit", "-r", "-U", "-", "python", plugin_path(), f"file={named}", "--run", "true"]
+    for locale, code in (("C", 1), ("C.UTF-8", 0)):
+        environment = nbdkit_environment(find_nbdkit()) | {"LC_ALL": locale}
+        done = subprocess.run(words, capture_output=True, check=False, timeout=60, env=environment)
+        assert done.returncode == code, done
+        assert (b"hint: the locale has no such characters: set LC_ALL=C.UTF-8" in done.stderr) == bool(code)
 
 
 def test_a_name_that_nbdkit_does_not_take(disk: Path, tmp_path: Path) -> None:
