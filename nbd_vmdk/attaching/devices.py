@@ -151,8 +151,8 @@ def attach(
 ) -> Attached:
     """Attach an image, or what an NBD URI names, to ``device`` or to the first one that is free.
 
-    ``options`` are those of ``serve`` that say how to open the image.  Raises DeviceError, InUse, and
-    ServerError with the words of what failed.
+    ``options`` are those of ``serve`` that say how to open the image.  Raises DeviceError, InUse, NbdError if
+    there is nothing where the URI says, and ServerError with the words of what failed.
     """
     kernel = kernel or Kernel()
     names = kernel.names()
@@ -170,9 +170,14 @@ def attach(
                 hint = "choose another one, or let the first free one be taken"
                 raise InUse(kernel.path(name), how="something is attached to it", hint=hint)
         command = _command(kernel.path(name), image, read_only, connections, options)
-        facts = {"image": image if "://" in image else os.path.abspath(image), "device": kernel.path(name)}
+        uri = image if "://" in image else None
+        facts = {"image": uri or os.path.abspath(image), "device": kernel.path(name)}
+
+        def ready() -> bool:
+            return kernel.attached(name) and kernel.size(name) > 0
+
         try:
-            job = start_job(name, command, lambda: kernel.attached(name) and kernel.size(name) > 0, facts)
+            job = start_job(name, command, ready, facts, uri)
         except ServerError as error:
             if not image.startswith("nbds:") or error.hint is not None or "ioctl" in error.message.lower():
                 raise

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbd_vmdk.attaching.unreached import unreached
 from nbd_vmdk.errors import DeviceError, InUse, ServerError, StorageError
 
 #: Where root's jobs have their folders.
@@ -135,11 +136,16 @@ def find_job(name: str) -> Job | None:
 
 
 def start_job(
-    name: str, command: Sequence[str], ready: Callable[[], bool], facts: Mapping[str, object]
+    name: str,
+    command: Sequence[str],
+    ready: Callable[[], bool],
+    facts: Mapping[str, object],
+    uri: str | None = None,
 ) -> Job:
     """Start ``command`` as the job ``name``; return once it is ``ready``.
 
-    Raises ServerError with its own words if it ends before, and then leaves nothing behind.
+    ``uri`` is what the command is to reach, where that is somebody else's.  Raises NbdError if it says that
+    it did not, ServerError with its own words if it ends otherwise; and then leaves nothing behind.
     """
     folder = os.path.join(run_folder(), name)
     earlier = find_job(name)
@@ -176,7 +182,8 @@ def start_job(
     if ended or not in_time:
         lines = job.said()
         _give_up(job, ended=ended)
-        raise _failure(lines, "it ended at once" if ended else f"nothing happened in {START_TIMEOUT:g} s")
+        otherwise = "it ended at once" if ended else f"nothing happened in {START_TIMEOUT:g} s"
+        raise (uri and unreached(uri, lines)) or _failure(lines, otherwise)
     return job
 
 

@@ -27,8 +27,8 @@ _PATIENCE = 30.0
 def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence[str] = ()) -> str:
     """Show an image, or what an NBD URI names, as a file in ``folder``; its path.
 
-    ``options`` are those of ``serve`` that say how to open the image.  Raises DeviceError, InUse, and
-    ServerError with the words of what failed.
+    ``options`` are those of ``serve`` that say how to open the image.  Raises DeviceError, InUse, NbdError if
+    there is nothing where the URI says, and ServerError with the words of what failed.
     """
     path = os.path.abspath(folder)
     _need_fuse()
@@ -39,13 +39,14 @@ def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence
     if os.listdir(path):
         raise OptionError(folder, why="is not empty", hint="what is in it would not be seen: make a new one")
     fuse = ["nbdfuse", *(["-r"] if read_only else []), path]
-    if "://" in image:
-        command = [*fuse, image]
+    uri = image if "://" in image else None
+    if uri is not None:
+        command = [*fuse, uri]
     else:
         command = serve_command(image, ["-r", *options] if read_only else options, [*fuse, "$uri"])
-    facts = {"image": image if "://" in image else os.path.abspath(image), "folder": path}
+    facts = {"image": uri or os.path.abspath(image), "folder": path}
     with alone(run_folder()):
-        start_job(_name(path), command, lambda: _mounted(path), facts)
+        start_job(_name(path), command, lambda: _mounted(path), facts, uri)
     return os.path.join(path, FILE)
 
 

@@ -6,11 +6,13 @@ kernel in tests/guest.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import pytest
 from nbd_vmdk import cli, open_disk
 from nbd_vmdk.attaching import devices, jobs
 from nbd_vmdk.attaching.places import place_of
+from nbd_vmdk.attaching.unreached import unreached
 from nbd_vmdk.errors import DeviceError, FileMissing, InUse, OptionError, ServerError
 from tests.serving import served
 from tests.serving.conftest import MIB, Tls
@@ -223,6 +226,47 @@ def test_an_image_that_can_not_be_served(
     with pytest.raises(ServerError, match="it will not"):
         devices.attach(str(tmp_path / other(tmp_path)), kernel=devices.Kernel())
     assert os.listdir(tmp_path / "run") == ["lock"]
+
+
+@pytest.mark.skipif(NBD_CLIENT is None, reason="needs nbd-client")
+def test_a_uri_with_no_server(
+    fake: Fake, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real nbd-client's words, which are few, become those of all else that connects."""
+    (tmp_path / "bin/nbd-client").unlink()
+    (tmp_path / "bin/nbd-client").symlink_to(str(NBD_CLIENT))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        nobody = f"nbd://127.0.0.1:{listening.getsockname()[1]}"
+    nowhere = f"nbd+unix:///?socket={tmp_path}/no%20where"
+    for uri, why, what_to_do in (
+        (nobody, "Connection refused", f"is the server running? nbdinfo {nobody} tries to reach it"),
+        (
+            nowhere,
+            "No such file or directory",
+            f"is the server running? nbdinfo '{nowhere}' tries to reach it",
+        ),
+        ("nbd://nowhere.invalid", "Name or service not known", "is the host's name right?"),
+    ):
+        _, errors = run(capsys, "attach", uri, code=1)
+        assert errors == f"error: {uri}: can't connect: {why}\nhint: {what_to_do}\n"
+    assert os.listdir(tmp_path / "run") == ["lock"]
+
+
+def test_the_few_words_of_nbd_client(tmp_path: Path) -> None:
+    said = ["Negotiation: ..Error: Unknown error returned by server.", "Exiting."]
+    told = unreached("nbd://host/a", said)
+    assert told is not None
+    assert told.errno == errno.ENOENT
+    assert told.hint == "nbdinfo --list nbd://host/a tells what it offers"
+    # A server that is there by now.
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{tmp_path}/socket")
+        listening.listen()
+        told = unreached(f"nbd+unix:///?socket={tmp_path}/socket", ["Error: CONNECT failed"])
+    assert told is not None
+    assert told.message == "can't connect: CONNECT failed"
+    assert unreached("nbd://host", ["Error: Ioctl NBD_SET_SOCK failed: nothing to be done"]) is None
 
 
 def test_one_disk_at_a_time(fake: Fake, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:

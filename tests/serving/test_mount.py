@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +79,43 @@ def test_read_only_and_from_a_uri(disk: Path, folder: Path) -> None:
         assert vmdk("mount", disk, folder, code=5).stderr.startswith(f"error: {folder}: in use")
         assert json.loads(vmdk("umount", folder, "--json").stdout)["warnings"] == []
     assert "server's" in vmdk("mount", "nbd://localhost", folder, "--salvage", code=2).stderr
+
+
+def dead(folder: Path) -> list[tuple[str, str, str]]:
+    """URIs of servers that are not there, what is said of each, and what to do."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    nowhere = f"nbd+unix:///?socket={folder}/nowhere"
+    return [
+        (
+            f"nbd://127.0.0.1:{port}",
+            "Connection refused",
+            f"nbdinfo nbd://127.0.0.1:{port} tries to reach it",
+        ),
+        (nowhere, "No such file or directory", f"nbdinfo {shlex.quote(nowhere)} tries to reach it"),
+        ("nbd://nowhere.invalid", "Name or service not known", "is the host's name right?"),
+    ]
+
+
+@real
+def test_a_uri_with_no_server_is_told_as_convert_tells_it(folder: Path, tmp_path: Path) -> None:
+    for uri, why, what_to_do in dead(tmp_path):
+        mounted = vmdk("mount", uri, folder, code=1).stderr
+        assert mounted.startswith(f"error: {uri}: can't connect: ")
+        assert f"{why}\nhint: " in mounted
+        assert mounted.endswith(f"{what_to_do}\n")
+        assert mounted == vmdk("convert", uri, tmp_path / "new.vmdk", code=1).stderr
+
+
+@real
+def test_a_uri_with_no_such_export(disk: Path, folder: Path) -> None:
+    with served(disk, "-r") as (uri, _):
+        wrong = uri.replace("///?", "///elsewhere?")
+        assert wrong != uri
+        told = vmdk("mount", wrong, folder, code=1).stderr
+        assert told.startswith(f"error: {wrong}: can't connect: ")
+        assert f"hint: nbdinfo --list {shlex.quote(wrong)} tells what it offers" in told
 
 
 @real
