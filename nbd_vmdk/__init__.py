@@ -14,11 +14,12 @@ from nbd_vmdk.errors import VmdkError
 
 if TYPE_CHECKING:
     from nbd_vmdk.converting.conversion import convert
-    from nbd_vmdk.disk import Disk, Run, open_disk
+    from nbd_vmdk.disk import Disk, open_disk
     from nbd_vmdk.extents.base import Kind
     from nbd_vmdk.ops.convert import Work
     from nbd_vmdk.ops.create import create_image
     from nbd_vmdk.options import OpenOptions
+    from nbd_vmdk.runs import Run
     from nbd_vmdk.serving.server import serve
 
 __all__ = [
@@ -41,7 +42,7 @@ _HOMES = {
     "Disk": "nbd_vmdk.disk",
     "Kind": "nbd_vmdk.extents.base",
     "OpenOptions": "nbd_vmdk.options",
-    "Run": "nbd_vmdk.disk",
+    "Run": "nbd_vmdk.runs",
     "Work": "nbd_vmdk.ops.convert",
     "convert": "nbd_vmdk.converting.conversion",
     "create_image": "nbd_vmdk.ops.create",

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
@@ -23,6 +23,7 @@ from nbd_vmdk.extents.base import NOTHING, Below, Edges, Kind, Mapping, Writable
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import Link
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.runs import Run, joined
 from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -34,21 +35,6 @@ _ZEROS = memoryview(bytes(MIB))
 _MIN_BLOCK, _MAX_BLOCK = 64 * KIB, MIB
 #: Packed bytes that one prefetch request inflates at most.
 _MAX_PREFETCH = 8 * MIB
-
-
-class Run(NamedTuple):
-    """A piece of the disk, and who holds it.
-
-    ``depth`` says which link (0 is the top), None if none does; ``file`` and ``at`` are the place in a file,
-    ``at`` being None where the bytes are compressed.
-    """
-
-    offset: int
-    length: int
-    kind: Kind
-    depth: int | None
-    file: str | None
-    at: int | None
 
 
 class Disk:
@@ -235,20 +221,18 @@ class Disk:
         if length is None:
             length = self.size - offset
         self._check(offset, length)
-        last: Run | None = None
+        yield from joined(self._runs(offset, length))
+
+    def _runs(self, offset: int, length: int) -> Iterator[Run]:
+        """What :meth:`runs` joins."""
         for (kind, count, source, at), depth in self._mappings(offset, length, 0):
             run = Run(offset, count, kind, depth, None, None)
             if kind not in NOTHING:
                 assert source is not None
                 # A packed or lost range counts in guest bytes, which are no place in the file.
                 run = run._replace(file=source.name, at=at if kind is Kind.DATA else None)
+            yield run
             offset += count
-            joined = None if last is None else _join(last, run)
-            if joined is None and last is not None:
-                yield last
-            last = joined or run
-        if last is not None:
-            yield last
 
     def _mappings(self, offset: int, length: int, first: int) -> Iterator[tuple[Mapping, int | None]]:
         """The mappings of a range in full detail, from link ``first`` down."""
@@ -450,15 +434,6 @@ def _fill_zeros(buf: memoryview) -> None:
     for start in range(0, len(buf), MIB):
         piece = buf[start : start + MIB]
         piece[:] = _ZEROS[: len(piece)]
-
-
-def _join(one: Run, two: Run) -> Run | None:
-    """Both as one run, if they are of the same sort and, for data, next to each other in one file."""
-    if one.kind is not two.kind or one.depth != two.depth or one.file != two.file:
-        return None
-    if one.at is not None and one.at + one.length != two.at:
-        return None
-    return one._replace(length=one.length + two.length)
 
 
 def open_disk(path: str | os.PathLike[str], **options: Any) -> Disk:

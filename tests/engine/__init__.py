@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, VmdkError, open_disk
-from nbd_vmdk.disk import Run
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.runs import Run
 from tests.images import peek
 from tests.images.content import KIB, MIB, SECTOR, Content, Part
 from tests.images.desc import Image

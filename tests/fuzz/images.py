@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
-from nbd_vmdk.disk import Disk, Run, open_disk
+from nbd_vmdk.disk import Disk, open_disk
 from nbd_vmdk.extents.base import Extent, Kind
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.ops.info import image_info
 from nbd_vmdk.ops.mapping import map_rows
+from nbd_vmdk.runs import Run
 from tests.fuzz import case
 from tests.fuzz.answers import our_errors
 

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import open_disk
-from nbd_vmdk.disk import Run
 from nbd_vmdk.errors import FormatError, NotVmdk
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.runs import Run
 from tests.fuzz import case, fuzz
 from tests.fuzz.limits import limited
 from tests.fuzz.seeds import SEEDS

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nbd_vmdk.disk import Disk, Run, open_in
+from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import ChainError, ContentIdMismatch, Difference, InUse, ParentNotFound, WriteRefused
 from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
@@ -33,6 +33,7 @@ from nbd_vmdk.ops.snapshot.merge import zero_block
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.tree import LinkFile
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.runs import Run
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import SECTOR
 
