@@ -6,6 +6,9 @@ status and the `map` command ask the same question, so they agree.  Small reques
 answered at once, before the question is asked: see Extent.reader and WritableExtent.writer.
 
 Threads: any number may call anything.  Reading takes no lock.
+
+Errors come with a hint that may leave room for the disk's name.  The calls of the Python API put it there.
+read_into, write_from and edges do not: who calls them does it when he tells of the error (Disk.advise).
 """
 
 import os
@@ -18,11 +21,12 @@ from typing import Any, Self
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import open_chain
 from nbd_vmdk.commit import Committer
-from nbd_vmdk.errors import NotFast, OutOfRange, WriteRefused
+from nbd_vmdk.errors import NotFast, OutOfRange, VmdkError, WriteRefused
 from nbd_vmdk.extents.base import NOTHING, Below, Edges, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import Link
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.refusal import advise
 from nbd_vmdk.runs import Run, joined
 from nbd_vmdk.shortcuts import Shortcuts
 from nbd_vmdk.storage.base import Storage
@@ -98,6 +102,17 @@ class Disk:
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise OutOfRange(self.links[0].name, offset=offset, length=length, size=self.size)
+
+    def advise(self, error: VmdkError) -> bool:
+        """Put the link whose file an error is of into its hint, as the user would name it.
+
+        False, with the hint as it was, for a file that is none of this disk.
+        """
+        for link in self.links:
+            if any(storage.name == error.file for storage in link.storages):
+                advise(error, link.folder, os.path.basename(link.name))
+                return True
+        return False
 
     # Reading.
 
@@ -185,7 +200,11 @@ class Disk:
         self._check(offset, length)
         buf = bytearray(length)
         if length:
-            self.read_into(memoryview(buf), offset)
+            try:
+                self.read_into(memoryview(buf), offset)
+            except VmdkError as error:
+                self.advise(error)
+                raise
         return bytes(buf)
 
     def place(self, offset: int, length: int) -> tuple[Storage, int, int] | None:
@@ -199,11 +218,22 @@ class Disk:
         view = memoryview(buffer).cast("B")
         self._check(offset, len(view))
         if len(view):
-            self.read_into(view, offset)
+            try:
+                self.read_into(view, offset)
+            except VmdkError as error:
+                self.advise(error)
+                raise
 
     def cache(self, length: int, offset: int) -> None:
         """Fetch a range into memory: the page cache, or the cache of inflated grains."""
         self._check(offset, length)
+        try:
+            self._fetch(offset, length)
+        except VmdkError as error:
+            self.advise(error)
+            raise
+
+    def _fetch(self, offset: int, length: int) -> None:
         end = offset + length
         packed = 0
         while offset < end:
@@ -221,7 +251,11 @@ class Disk:
         if length is None:
             length = self.size - offset
         self._check(offset, length)
-        yield from joined(self._runs(offset, length))
+        try:
+            yield from joined(self._runs(offset, length))
+        except VmdkError as error:
+            self.advise(error)
+            raise
 
     def _runs(self, offset: int, length: int) -> Iterator[Run]:
         """What :meth:`runs` joins."""
@@ -303,7 +337,11 @@ class Disk:
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> None:
         """Write ``data`` at ``offset``; with ``fua`` it is durable when this returns."""
-        self.write_from(memoryview(data).cast("B"), offset, fua=fua)
+        try:
+            self.write_from(memoryview(data).cast("B"), offset, fua=fua)
+        except VmdkError as error:
+            self.advise(error)
+            raise
 
     def write_from(self, buf: memoryview, offset: int, *, fua: bool = False) -> None:
         """As pwrite, for a memoryview of bytes: others count in something else."""
@@ -361,10 +399,16 @@ class Disk:
         def parts() -> Iterable[tuple[int, int]]:
             return ((offset, length),) if by_itself or below is None else self._shown(offset, length)
 
-        if fast and any(top.must_write_zeros(at, count, below, may_trim=may_trim) for at, count in parts()):
-            raise NotFast(top.name)
-        steps = (top.zero(at, count, below, may_trim=may_trim) for at, count in parts())
-        self._follow(chain.from_iterable(steps), fua=fua)
+        try:
+            if fast and any(
+                top.must_write_zeros(at, count, below, may_trim=may_trim) for at, count in parts()
+            ):
+                raise NotFast(top.name)
+            steps = (top.zero(at, count, below, may_trim=may_trim) for at, count in parts())
+            self._follow(chain.from_iterable(steps), fua=fua)
+        except VmdkError as error:
+            self.advise(error)
+            raise
 
     def _shown(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of what must be zeroed in a range: all but what reads as zeros through the chain.
@@ -389,7 +433,11 @@ class Disk:
     def trim(self, length: int, offset: int, *, fua: bool = False) -> None:
         """Say that a range is no longer needed: its space is given back where that is possible."""
         self._check_writable(offset, length)
-        self._follow(self.links[0].trim(offset, length, self._below), fua=fua)
+        try:
+            self._follow(self.links[0].trim(offset, length, self._below), fua=fua)
+        except VmdkError as error:
+            self.advise(error)
+            raise
 
     def _follow(self, steps: Iterator[WritableExtent], *, fua: bool) -> None:
         """Commit between the steps of a request as long as a disk where too much is held."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from nbd_vmdk.chain import find_child
 from nbd_vmdk.converting.targets import IN_PLACE, is_uri, open_place, target_kind
 from nbd_vmdk.disk import Disk, open_disk
-from nbd_vmdk.errors import FileExists, NotVmdk, OptionError, WriteRefused
+from nbd_vmdk.errors import FileExists, NotVmdk, OptionError, VmdkError, WriteRefused
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.ops.convert import Made, Work, known_cid, overwrite, refuse_itself, write_image, write_raw
@@ -131,6 +131,10 @@ def convert(
                 made = _write_since(opened, earlier, wanted, chosen, work, fields, allowed)
         except FileExists as error:
             error.hint = "choose another name, or add --force to replace it"
+            raise
+        except VmdkError as error:
+            if opened.disk is not None:
+                opened.disk.advise(error)
             raise
     created = made.created
     is_vmdk = created is not None and chosen != "ova"

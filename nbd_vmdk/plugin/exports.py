@@ -15,7 +15,6 @@ from nbd_vmdk.disk import Disk, open_found, open_in
 from nbd_vmdk.errors import OptionError, VmdkError
 from nbd_vmdk.link import Link
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.refusal import advise
 from nbd_vmdk.vm import FoundDisk, find_all, locate
 
 
@@ -36,10 +35,7 @@ class Exports:
 
     def advise(self, error: VmdkError) -> None:
         """Put the name of the disk whose file an error is of into its hint."""
-        for link in (link for disk in self.disks.values() for link in disk.links):
-            if any(storage.name == error.file for storage in link.storages):
-                advise(error, link.folder, os.path.basename(link.name))
-                return
+        any(disk.advise(error) for disk in self.disks.values())
 
     def close(self) -> list[VmdkError]:
         """Close all disks cleanly, whatever happens with each; what went wrong."""
