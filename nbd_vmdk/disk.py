@@ -57,6 +57,8 @@ class Disk:
         self.size = top.size
         self._cache = cache
         self.writable = writable and top.writable
+        #: Writing was asked for: where it is not writable all the same, ``warnings`` say why.
+        self.writing_asked = writable
         self.preferred_block = min(max(top.grain, _MIN_BLOCK), _MAX_BLOCK)
         unchanging = len(links) - self.writable
         #: Worth having where the search may take more than one step.
@@ -332,8 +334,17 @@ class Disk:
         if offset < 0 or offset + length > self.size:
             self._check(offset, length)
         if not self.writable:
-            raise WriteRefused(self.links[0].name, why="it is open for reading only")
+            raise self.no_writing()
         self._committer.admit()
+
+    def no_writing(self) -> WriteRefused:
+        """The error for who wants to write to a disk that is not writable."""
+        name = self.links[0].name
+        if not self.writing_asked:
+            hint = "to write to it, open it with writable=True"
+            return WriteRefused(name, why="it is open for reading only", hint=hint)
+        hint = "its warnings tell why; 'nbd-vmdk convert' makes a copy that can be written"
+        return WriteRefused(name, why="it can't be written", hint=hint)
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, fua: bool = False) -> None:
         """Write ``data`` at ``offset``; with ``fua`` it is durable when this returns."""
@@ -501,12 +512,13 @@ def open_found(found: FoundDisk, options: OpenOptions, cache: Cache | None = Non
     """Open a disk that was found behind a path; its fault, if it has one, is raised."""
     if found.fault is not None:
         raise found.fault
-    warnings = list(found.warnings)
+    warnings, asked = list(found.warnings), options.writable
     if found.frozen and options.writable and not options.write_parent:
         options = replace(options, writable=False)
         warnings.append(f"{found.path}: a snapshot's disk is served read-only, for later ones stand on it")
     disk = open_in(found.folder, found.file, options, cache)
     disk.links[0].warnings[:0] = warnings
+    disk.writing_asked = asked
     return disk
 
 

@@ -26,7 +26,6 @@ from nbd_vmdk.errors import (
     OptionError,
     StorageError,
     VmdkError,
-    WriteRefused,
 )
 from nbd_vmdk.units import GIB
 
@@ -89,7 +88,7 @@ def write(
             for warning in disk.warnings:
                 output.log.warning("%s", warning)
             if not disk.writable:
-                raise WriteRefused(disk.links[0].name, why="it can't be written")
+                raise disk.no_writing()
             check_range(DiskContent(disk), offset, wanted or 0)
             if descriptor is not None and _is_part(disk, descriptor):
                 raise OptionError(source, why="the input is a file of the image itself")

@@ -10,15 +10,20 @@ import subprocess
 import threading
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from nbd_vmdk import Disk, VmdkError, create_image, open_disk
 from nbd_vmdk.cache import Cache
+from nbd_vmdk.disk import open_found
 from nbd_vmdk.errors import InUse, NotFast, OutOfRange, StorageError, WriteRefused
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage import local
+from nbd_vmdk.vm import locate
 from tests.engine import refused, same, unreadable
 from tests.images import desc
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -55,6 +60,26 @@ def forbidden(call: Callable[[], None]) -> WriteRefused:
         call()
     assert caught.value.errno == errno.EPERM
     return caught.value
+
+
+def test_what_to_do_where_nothing_can_be_written(tmp_path: Any) -> None:
+    plain = hosted(tmp_path).path
+    stream = desc.stream_optimized(str(tmp_path), "stream", Content.of(noise(MIB))).path
+    of_a_snapshot = replace(locate(plain), frozen=True)
+    ask = "to write to it, open it with writable=True"
+    copy = "its warnings tell why; 'nbd-vmdk convert' makes a copy that can be written"
+    for disk, hint in (
+        (open_disk(plain), ask),
+        (open_disk(stream), ask),
+        (open_disk(stream, writable=True), copy),
+        (open_found(of_a_snapshot, OpenOptions()), ask),
+        (open_found(of_a_snapshot, OpenOptions(writable=True)), copy),
+    ):
+        with disk:
+            assert bool(disk.warnings) is (hint == copy)
+            assert forbidden(partial(disk.pwrite, b"new", 0)).hint == hint
+            assert forbidden(partial(disk.zero, SECTOR, 0)).hint == hint
+            assert forbidden(partial(disk.trim, SECTOR, 0)).hint == hint
 
 
 def blocks(path: str) -> int:
