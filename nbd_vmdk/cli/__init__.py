@@ -10,6 +10,7 @@ process, 130 interrupted, 141 the reader of the output went away, 128 and its nu
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ _VERBS: Final = {
     "umount": ("attach", "umount"),
     "write": ("write", "write"),
 }
+
+#: An option in a hint that is to be added to what was typed; of another command's it says so itself.
+_OPTION: Final = re.compile(
+    r"(?:\badd |\bwith |: )"
+    r"(-r|--(?:parent|ignore-cid|salvage|write-parent|drop-ctk|allow-dir|allow-devices))\b"
+)
 
 #: What click raises for a group without a verb.  Before 8.2 it has no such error: it shows the help itself.
 _NOTHING_ASKED: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -145,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as wrong:
         return _usage(wrong, as_json)
     except VmdkError as error:
-        return _failed(error, as_json)
+        return _failed(_of_this_verb(output.advised(error), chosen), as_json)
     except BrokenPipeError:
         output.abandon()
         return READER_GONE
@@ -169,8 +176,30 @@ def _usage(wrong: click.UsageError, as_json: bool) -> int:
     return _failed(error, as_json)
 
 
+def _of_this_verb(error: VmdkError, chosen: Sequence[str]) -> VmdkError:
+    """The error; if its hint is to add an option that this verb has not, the hint says which verb has.
+
+    What opens an image gives the hint, and knows nothing of who asks.
+    """
+    wanted = _OPTION.findall(error.hint or "")
+    if not wanted:
+        return error
+    command: click.Command = root
+    context = click.Context(root)
+    path = []
+    for word in chosen:
+        if not isinstance(command, click.Group) or (inner := command.get_command(context, word)) is None:
+            break
+        command = inner
+        path.append(word)
+    known = {option for parameter in command.params for option in parameter.opts}
+    if strange := [option for option in dict.fromkeys(wanted) if option not in known]:
+        which = "an option" if len(strange) == 1 else "options"
+        error.hint = f"{error.hint} ({' and '.join(strange)}: {which} of serve, not of {' '.join(path)})"
+    return error
+
+
 def _failed(error: VmdkError, as_json: bool) -> int:
-    error = output.advised(error)
     try:
         if as_json:
             output.json_object({"error": error.as_dict()})

@@ -164,7 +164,7 @@ def test_errors_name_the_file_and_the_next_step(
     said = capsys.readouterr()
     assert said.err.splitlines() == [
         "error: x.vmdk: in use by another process (a writer holds it)",
-        "hint: stop the other user, or read it as it is with -r",
+        "hint: stop the other user, or read it as it is with -r (-r: an option of serve, not of map)",
     ]
     answer = json.loads(said.out)
     assert answer["schema"] == 1
