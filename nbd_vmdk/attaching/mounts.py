@@ -72,7 +72,8 @@ def umount(folder: str) -> list[str]:
         if done.returncode != 0:
             said = (done.stderr.strip().splitlines() or ["it failed"])[-1]
             if "busy" in said:
-                hint = "close what has it open ('fuser' tells), a loop device perhaps: losetup -D"
+                disk = shlex.quote(os.path.join(folder, FILE))
+                hint = f"close it first: fuser {disk} shows who has it, losetup -j {disk} a loop device on it"
                 raise InUse(folder, how="the file is open", hint=hint)
             raise DeviceError(folder, why=f"can't be unmounted: {said}")
         if not wait_for(lambda: not _mounted(path), _PATIENCE):

@@ -59,7 +59,10 @@ def test_a_disk_is_a_file(disk: Path, folder: Path) -> None:
         opened.write(b"new ")
         # As long as somebody has it open, it stays.
         opened.flush()
-        assert "open" in vmdk("umount", folder, code=5).stderr
+        told = vmdk("umount", folder, code=5).stderr
+        assert "the file is open" in told
+        assert f" fuser '{file}' " in told
+        assert f" losetup -j '{file}' " in told
     assert vmdk("umount", folder).stderr == ""
     assert os.listdir(folder) == []
     with open_disk(disk, writable=True, locks=True) as opened_disk:
