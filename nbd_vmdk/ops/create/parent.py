@@ -60,7 +60,9 @@ def _look(disk: Disk, path: str, options: CreateOptions) -> Parent:
         )
     if top.cid is None or top.cid == NO_PARENT:
         what = "it has no valid content ID, so it can't be a parent"
-        hint = None if top.cid is None else f"nbd-vmdk repair {shlex.quote(top.name)} gives it one"
+        hint = "nbd-vmdk convert makes a copy that has one"
+        if top.cid == NO_PARENT:
+            hint = f"nbd-vmdk repair --apply {shlex.quote(top.name)} gives it one"
         raise Unsupported(top.name, what=what, hint=hint)
     if not isinstance(top.folder, LocalFolder):
         what = "a child can't name a parent inside an archive"

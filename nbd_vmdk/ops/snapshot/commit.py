@@ -45,7 +45,7 @@ from nbd_vmdk.ops.snapshot import files, namefile
 from nbd_vmdk.ops.snapshot.machines import MachineFiles
 from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
 from nbd_vmdk.ops.snapshot.names import merging_name
-from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure
+from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure, not_writable
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.units import MIB
 
@@ -234,7 +234,7 @@ def _open_parent(plan: Plan, options: OpenOptions) -> Disk:
     disk.close()
     if disk.writable:
         raise InUse(plan.parent.label, how="it has just been changed", hint="try again")
-    raise WriteRefused(plan.parent.label, why=files.why_read_only(top))
+    raise not_writable(plan, top)
 
 
 def _begin(plan: Plan, child: DescriptorFile, disk: Disk) -> None:

@@ -189,16 +189,21 @@ def _look(link: LinkFile, name: str) -> LinkFile | None:
         return None
 
 
+def not_writable(plan: Plan, parent: Link) -> WriteRefused:
+    """The error for a parent that can't take what the child holds."""
+    hint = f"nbd-vmdk convert {plan.child.word} new.vmdk makes one disk of both"
+    return WriteRefused(parent.name, why=files.why_read_only(parent), hint=hint)
+
+
 def measure(plan: Plan, child: Link, parent: Link) -> None:
     """Check that the child fits, and count what is to be moved; raises ChainError and WriteRefused."""
     if child.size != parent.size:
-        raise ChainError(
-            child.name,
-            why=f"it has {child.size} bytes and its parent {parent.size}",
-            hint="resize one of them first",
-        )
+        # Neither can be resized: of a parent others need what it is, and it would show through its child.
+        hint = f"nbd-vmdk snapshot rebase --flatten {plan.child.word} makes it a disk of its own"
+        why = f"it has {child.size} bytes and its parent {parent.size}"
+        raise ChainError(child.name, why=why, hint=hint)
     if not parent.writable:
-        raise WriteRefused(parent.name, why=files.why_read_only(parent))
+        raise not_writable(plan, parent)
     assert parent.descriptor is not None
     if is_embedded(parent) and len([line for line in parent.descriptor.extents if line.sectors]) > 1:
         raise WriteRefused(parent.name, why="its descriptor is inside one of several extents")

@@ -15,6 +15,7 @@ unchecked, which is for parents that were moved, or touched but not changed.
 
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -195,11 +196,13 @@ def _fit(child: LinkFile, new: Disk) -> None:
         raise WriteRefused(child.label, why="a flat disk has no holes for a parent to show through")
     size = child.descriptor.total_sectors * SECTOR
     if new.size != size:
-        raise ChainError(
-            child.label,
-            why=f"it has {size} bytes and {new.links[0].name} {new.size}",
-            hint="resize one of them first",
-        )
+        parent = new.links[0].name
+        if size < new.size:
+            hint = f"make it as large first: nbd-vmdk resize {child.word} {new.size}"
+        else:
+            larger = f"nbd-vmdk resize {shlex.quote(parent)} {size}"
+            hint = f"make that one as large first, if nothing stands on it: {larger}"
+        raise ChainError(child.label, why=f"it has {size} bytes and {parent} {new.size}", hint=hint)
 
 
 def _differs(done: Rebased, error: Difference, why: str | None) -> WriteRefused:
