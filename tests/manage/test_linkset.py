@@ -30,7 +30,7 @@ from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.linkset.clone import clone
 from nbd_vmdk.ops.linkset.delete import delete
 from nbd_vmdk.ops.linkset.rename import rename
-from nbd_vmdk.ops.snapshot import namefile
+from nbd_vmdk.ops.snapshot import secondname
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import MIB
 from tests.manage import KINDS, faults, make
@@ -184,7 +184,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         scribble(path, 1)
         before = shows(path)
         with monkeypatch.context() as patch:
-            patch.setattr(namefile.os, "link", refused)
+            patch.setattr(secondname.os, "link", refused)
             rename(path, tmp_path / "new.vmdk")
         assert shows(tmp_path / "new.vmdk") == before
         assert not any(name.startswith("disk") for name in names_in(tmp_path))

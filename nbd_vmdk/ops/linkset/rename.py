@@ -40,9 +40,9 @@ from nbd_vmdk.ops.linkset.removing import left_of, remove_set
 from nbd_vmdk.ops.rewrite import DescriptorFile, is_embedded, mend_folder
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.machines import MachineFiles, Mention, find_mentions
-from nbd_vmdk.ops.snapshot.namefile import add_name, drop_name
 from nbd_vmdk.ops.snapshot.names import bare, final_name
 from nbd_vmdk.ops.snapshot.records import records_in
+from nbd_vmdk.ops.snapshot.secondname import add_name, drop_name
 from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of, link_file, links_of, parent_of
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.newfiles import NewFiles

@@ -41,7 +41,7 @@ from nbd_vmdk.ops.repair import apply_in
 from nbd_vmdk.ops.repair import make_plan as make_repair
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, sync_folder
 from nbd_vmdk.ops.sides import Comparer, DiskSource
-from nbd_vmdk.ops.snapshot import files, namefile
+from nbd_vmdk.ops.snapshot import files, secondname
 from nbd_vmdk.ops.snapshot.machines import MachineFiles
 from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
 from nbd_vmdk.ops.snapshot.names import merging_name
@@ -250,13 +250,13 @@ def _begin(plan: Plan, child: DescriptorFile, disk: Disk) -> None:
     else:
         assert plan.child.cid is not None
         new = os.path.join(folder, merging_name(plan.name, plan.child.cid))
-        namefile.add_name(now, new)
+        secondname.add_name(now, new)
         changed = parent.change_cid()
         assert changed is not None
         changed.sync()
         assert parent.cid is not None
         files.point(child, new, parent.cid)
-    namefile.drop_name(old, new)
+    secondname.drop_name(old, new)
 
 
 def _finish(plan: Plan, child: DescriptorFile, below: Sequence[DescriptorFile], *, keep: bool) -> None:
@@ -269,13 +269,13 @@ def _finish(plan: Plan, child: DescriptorFile, below: Sequence[DescriptorFile], 
     assert cid is not None
     if plan.stage is not Stage.MERGED:
         other = _merging_path(child, folder)
-        namefile.add_name(other, final)
+        secondname.add_name(other, final)
     for file in below:
         files.point(file, final, cid)
     if keep:
         files.point(child, final, cid)
     if plan.stage is not Stage.MERGED:
-        namefile.drop_name(other, final)
+        secondname.drop_name(other, final)
     sync_folder(folder)
 
 
