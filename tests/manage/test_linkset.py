@@ -30,6 +30,7 @@ from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.linkset.clone import clone
 from nbd_vmdk.ops.linkset.delete import delete
 from nbd_vmdk.ops.linkset.rename import rename
+from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.ops.snapshot import secondname
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import MIB
@@ -114,6 +115,21 @@ def test_moving_a_link_of_a_chain(tmp_path: Path, kind: str, number: int) -> Non
     assert [shows(path) for path in links] == before
     assert names_in(there) == set()
     assert faults(links[2]) == []
+
+
+def test_a_child_in_a_folder_that_is_allowed(tmp_path: Path) -> None:
+    """It stands on the image, in whose folder nothing else needs to be allowed."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    path, child = make(here, "monolithicSparse", SIZE), there / "child.vmdk"
+    create_image(child, parent=str(path), allow_dirs=(here,))
+    with pytest.raises(WriteRefused, match="stand on it"):
+        delete(path, allow_dirs=(there,))
+    with pytest.raises(WriteRefused, match="stands on it"):
+        resize(path, 2 * SIZE, allow_dirs=(there,))
+    assert len(rename(path, here / "new.vmdk", allow_dirs=(there,)).children) == 1
+    assert shows(child, allow_dirs=(here,)) == bytes(SIZE)
 
 
 def test_to_another_file_system(tmp_path: Path, elsewhere: Path) -> None:

@@ -63,9 +63,11 @@ class Place:
         self.options = options
         folder, name = LocalFolder.for_image(named, options.allow_dirs, options.allow_devices)
         self.folders: list[Folder] = [folder]
+        # What is in them may stand on the link itself: the folder that the user named is theirs, too.
+        allowed = (*options.allow_dirs, os.path.dirname(named) or os.curdir)
         for other in options.allow_dirs:
             beside = os.path.join(os.fspath(other), name)
-            self.folders.append(LocalFolder.for_image(beside, options.allow_dirs, options.allow_devices)[0])
+            self.folders.append(LocalFolder.for_image(beside, allowed, options.allow_devices)[0])
         self.recorded = [*self.folders, *_machine_folder(os.fspath(path), named, options)]
         if mend:
             for each in self.folders:
