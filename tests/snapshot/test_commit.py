@@ -212,6 +212,17 @@ def test_a_thick_flat_parent_keeps_its_space(tmp_path: Path) -> None:
     assert flat.stat().st_blocks * 512 >= SIZE
 
 
+@pytest.mark.parametrize("name", ["x:disk.vmdk", "x\\disk.vmdk"])
+def test_a_parent_whose_name_looks_like_a_windows_path(tmp_path: Path, name: str) -> None:
+    base = make_base(tmp_path, "monolithicSparse").rename(tmp_path / name)
+    child = make_child(base)
+    scribble(child, 1)
+    expected = shows(child)
+    commit(child)
+    assert shows(base) == expected
+    assert names_in(tmp_path) == {name}
+
+
 def test_a_parent_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "master").mkdir()
     (tmp_path / "clone").mkdir()

@@ -31,9 +31,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from nbd_vmdk.cache import Cache
+from nbd_vmdk.chain import plain_name
 from nbd_vmdk.disk import Disk, open_in
 from nbd_vmdk.errors import Difference, FileMissing, InUse, VmdkError, WriteRefused
-from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.ops.check.runner import check_in
 from nbd_vmdk.ops.copy import Progress, copy
@@ -282,4 +282,5 @@ def _finish(plan: Plan, child: DescriptorFile, below: Sequence[DescriptorFile], 
 def _merging_path(child: DescriptorFile, folder: str) -> str:
     hint = child.descriptor.parent_hint
     assert hint is not None
-    return os.path.join(folder, last_component(hint))
+    # This hint is ours, with slashes: a backslash or a colon in it is a part of the name.
+    return os.path.join(folder, plain_name(hint))
