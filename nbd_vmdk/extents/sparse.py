@@ -18,6 +18,7 @@ from typing import Final
 from nbd_vmdk.errors import BadField, FormatError
 from nbd_vmdk.extents.base import Edges, Extent, Kind, Mapping, Reader
 from nbd_vmdk.extents.flat import LostSource
+from nbd_vmdk.extents.rows import MOST, is_row
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.window import local_file
@@ -25,6 +26,8 @@ from nbd_vmdk.units import SECTOR
 
 #: Looking a member of an enum up takes as long as a step of arithmetic, and each request does it.
 _DATA: Final = Kind.DATA
+#: Fewer entries are as quickly looked at one by one.
+_MANY: Final = 8
 
 
 class SparseExtent(Extent):
@@ -61,6 +64,8 @@ class SparseExtent(Extent):
         self._entries = tables.per_page
         self._lowest = lowest
         self._step = step
+        self._is_row = is_row(tables.width, step)
+        self._is_repeated = is_row(tables.width, 0)
 
     @abstractmethod
     def _decode(self, entry: int, index: int) -> tuple[Kind, int]:
@@ -100,7 +105,7 @@ class SparseExtent(Extent):
         return grain_bits, grain_bits + self._entries.bit_length() - 1, self.grain - 1, self._entries - 1
 
     def reader(self, otherwise: Reader) -> Reader:
-        """See Extent: what lies in one grain, in a file of this machine, by a table that is in memory."""
+        """See Extent: what lies in one grain, or in a few side by side, in a file of this machine."""
         local = local_file(self.storage)
         # Where no entry is plain there is nothing to find.
         if local is None or self._lowest.bit_length() > 8 * self._tables.width:
@@ -109,6 +114,12 @@ class SparseExtent(Extent):
         size, grain, lowest = self.size, self.grain, self._lowest
         clean, pinned = self._clean, self._pinned
         grain_bits, table_bits, in_grain, in_table = self._split()
+        entries, side_by_side = self._entries, self._is_row
+
+        def several(table: "array[int] | bytes | bytearray", entry: int, offset: int, end: int) -> bool:
+            slot = offset >> grain_bits & in_table
+            count = (end - 1 >> grain_bits) - (offset >> grain_bits) + 1
+            return count <= MOST and slot + count <= entries and side_by_side(table, slot, entry, count)
 
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)
@@ -120,7 +131,9 @@ class SparseExtent(Extent):
             if table is not None and offset + length <= size:
                 entry = table[offset >> grain_bits & in_table]
                 within = offset & in_grain
-                if entry >= lowest and within + length <= grain:
+                if entry >= lowest and (
+                    within + length <= grain or several(table, entry, offset, offset + length)
+                ):
                     try:
                         if preadv(file.fd, (buf,), entry * SECTOR + within) == length:
                             return
@@ -138,8 +151,11 @@ class SparseExtent(Extent):
         last = min(self._entries, first - (-length // self.grain))
         if table is self._tables.empty:
             return (last - first) * self.grain
-        step = self._step if kind is Kind.DATA else 0
+        step, go_on = (self._step, self._is_row) if kind is Kind.DATA else (0, self._is_repeated)
         slot = first
+        while (count := min(last - slot, MOST)) >= _MANY and go_on(table, slot, entry + step, count):
+            slot += count
+            entry += step * count
         while slot < last and table[slot] == (entry := entry + step):
             slot += 1
         return (slot - first) * self.grain
