@@ -23,6 +23,7 @@ from typing import Final
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import Truncated
 from nbd_vmdk.extents.base import Kind, Reader
+from nbd_vmdk.extents.rows import MOST
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.tables import GrainTables
 from nbd_vmdk.ondisk import sesparse
@@ -89,6 +90,21 @@ class SeSparseExtent(SparseExtent):
         allocated, state_at = sesparse.ENTRY_ALLOCATED, sesparse.STATE_AT - sesparse.LOW_AT
         low_at, low_bits = sesparse.LOW_AT, sesparse.LOW_BITS
         low_mask, rest_mask = sesparse.LOW_MASK, sesparse.REST_MASK
+        entries, side_by_side = self._entries, self._is_row
+
+        def several(table: "array[int] | bytes | bytearray", entry: int, offset: int, end: int) -> bool:
+            slot = offset >> grain_bits & in_table
+            many = (end - 1 >> grain_bits) - (offset >> grain_bits) + 1
+            if many > MOST or slot + many > entries:
+                return False
+            # If they are a row, and the last one is a grain of the file, all are.
+            last = table[slot + many - 1]
+            top = last >> low_at
+            return (
+                top >> state_at == allocated
+                and ((last & rest_mask) << low_bits | top & low_mask) < count
+                and side_by_side(table, slot, entry, many)
+            )
 
         def read(buf: memoryview, offset: int) -> None:
             length = len(buf)
@@ -97,7 +113,9 @@ class SeSparseExtent(SparseExtent):
                 entry = table[offset >> grain_bits & in_table]
                 within = offset & in_grain
                 top = entry >> low_at  # state and low bits: a small number, which is quick to calculate with
-                if top >> state_at == allocated and within + length <= grain:
+                if top >> state_at == allocated and (
+                    within + length <= grain or several(table, entry, offset, offset + length)
+                ):
                     index = (entry & rest_mask) << low_bits | top & low_mask
                     if index < count:
                         try:

@@ -8,6 +8,7 @@ is read by asking for a mapping, and so must be every refusal.
 from __future__ import annotations
 
 import os
+import random
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from nbd_vmdk import Disk, open_disk
 from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError
 from nbd_vmdk.extents.base import Reader
 from nbd_vmdk.extents.sesparse import SeSparseExtent
-from nbd_vmdk.ondisk.sesparse import ENTRY_ALLOCATED
+from nbd_vmdk.ondisk.sesparse import ENTRY_ALLOCATED, ENTRY_STEP
 from tests.engine import same
 from tests.images import desc, poke
 from tests.images.content import MIB, SECTOR, Content
@@ -89,10 +90,23 @@ ENTRIES = st.one_of(
 )
 #: What of the 60 grains in a table that the disk has both of are changed.
 CHANGES = st.dictionaries(st.integers(0, 60), ENTRIES, min_size=1, max_size=20)
+#: Slots from which on entries go up by the step that names the file's next grain, for a while: beyond the low
+#: bits, and the states that are known.
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 50),
+        st.one_of(
+            st.builds(encode, NUMBERS, st.sampled_from([1, 2, 3, 3, 3, 4, 15])),
+            st.builds(encode, st.integers(GTES - 8, GTES + 2)),
+        ),
+        st.integers(2, 20),
+    ),
+    max_size=3,
+)
 RANGES = st.lists(
     st.tuples(
         st.integers(0, 61 * GRAIN),
-        st.one_of(st.just(GRAIN), st.integers(0, 2 * GRAIN)),
+        st.one_of(st.just(GRAIN), st.integers(0, 2 * GRAIN), st.integers(0, 40 * GRAIN)),
         st.booleans(),
     ),
     max_size=10,
@@ -102,6 +116,7 @@ RANGES = st.lists(
 @settings(max_examples=400)
 @given(
     changes=st.tuples(CHANGES, CHANGES),
+    rows=ROWS,
     area=st.one_of(
         st.none(),
         st.builds(lambda number, more: number * GRAIN_SECTORS + more, IN_FILE, st.integers(0, 7)),
@@ -112,10 +127,14 @@ RANGES = st.lists(
 def test_as_by_its_map(
     made: Made,
     changes: tuple[dict[int, int], dict[int, int]],
+    rows: list[tuple[int, int, int]],
     area: int | None,
     ranges: list[tuple[int, int, bool]],
 ) -> None:
     stored = [encode(FIRST + number) for number in range(2 * STORED)]
+    for slot, entry, count in rows:
+        for number in range(count):
+            changes[0][slot + number] = (entry + number * ENTRY_STEP) % (1 << 64)
     poke(made.extent, AREA_AT, struct.pack("<Q", made.area_sectors if area is None else area))
     for table, (at, changed) in enumerate(zip(made.tables, changes, strict=True)):
         entries = stored[table * STORED : (table + 1) * STORED]
@@ -125,8 +144,10 @@ def test_as_by_its_map(
         poke(made.extent, at, struct.pack(f"<{GTES}Q", *entries))
     asked = [((GTES * table + grain) * GRAIN, GRAIN) for table in (0, 1) for grain in changes[table]]
     if area is not None and 0 <= (edge := area // GRAIN_SECTORS - FIRST) < 2 * STORED:
-        # The grain behind the area's last one; it is in the file.
-        asked.append(((edge // STORED * GTES + edge % STORED) * GRAIN, GRAIN))
+        # The grain behind the area's last one; it is in the file.  And the last ones and it.
+        behind = (edge // STORED * GTES + edge % STORED) * GRAIN
+        asked += [(behind, GRAIN), (max(behind - 3 * GRAIN, 0), 4 * GRAIN)]
+    asked += [(slot * GRAIN, many * GRAIN) for slot, _, count in rows for many in (count, count - 1, 2)]
     asked += [(offset + GTES * GRAIN * second, length) for offset, length, second in ranges]
     with open_disk(made.path) as disk:
         for offset in (0, GTES * GRAIN):
@@ -171,6 +192,24 @@ def test_who_reads(plain: desc.Image, monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == [0]  # it brought the table into memory
         same(disk.pread(disk.size, 0), plain.visible.read(0, disk.size))
         assert calls == [0, 0]
+
+
+def test_who_reads_several(tmp_path: Path) -> None:
+    """Grains side by side in the file are read together, to where the low bits overflow or a table ends."""
+    content = Content(SIZE + GTES * GRAIN)
+    content.put((GTES - 30) * GRAIN, random.Random(1).randbytes(60 * GRAIN))
+    image = desc.se_sparse(str(tmp_path), "disk", content, first_index=GTES - 10)
+    start = (GTES - 30) * GRAIN
+    with open_disk(image.path) as disk:
+        same(disk.pread(60 * GRAIN, start), content.read(start, 60 * GRAIN))
+        for first in range(40):
+            for many in (2, 3, 10, 20):
+                offset, length = start + first * GRAIN - first, many * GRAIN
+                last = (offset + length - 1 - start) // GRAIN
+                first_grain = (offset - start) // GRAIN
+                at_once = not any(first_grain < edge <= last for edge in (0, 10, 30))
+                assert answered(disk, offset, length) == at_once, (first, many)
+                same(disk.pread(length, offset), content.read(offset, length), offset)
 
 
 def test_outside(plain: desc.Image) -> None:
