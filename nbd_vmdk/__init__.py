@@ -14,8 +14,9 @@ from nbd_vmdk.errors import VmdkError
 
 if TYPE_CHECKING:
     from nbd_vmdk.converting.conversion import convert
-    from nbd_vmdk.disk import Disk, open_disk
+    from nbd_vmdk.disk import Disk
     from nbd_vmdk.extents.base import Kind
+    from nbd_vmdk.opening import open_disk
     from nbd_vmdk.ops.convert import Work
     from nbd_vmdk.ops.create import create_image
     from nbd_vmdk.options import OpenOptions
@@ -46,7 +47,7 @@ _HOMES = {
     "Work": "nbd_vmdk.ops.convert",
     "convert": "nbd_vmdk.converting.conversion",
     "create_image": "nbd_vmdk.ops.create",
-    "open_disk": "nbd_vmdk.disk",
+    "open_disk": "nbd_vmdk.opening",
     "serve": "nbd_vmdk.serving.server",
 }
 

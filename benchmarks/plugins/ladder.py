@@ -20,7 +20,8 @@ import nbdkit
 for _folder in (os.environ["NBD_VMDK_SITE"], os.path.dirname(os.path.dirname(os.path.dirname(__file__)))):
     sys.path.insert(0, _folder)
 
-from nbd_vmdk.disk import Disk, open_disk  # noqa: E402  the path must be set first
+from nbd_vmdk.disk import Disk  # noqa: E402  the path must be set first
+from nbd_vmdk.opening import open_disk  # noqa: E402  the path must be set first
 from nbd_vmdk.plugin.threadstates import KeptStates  # noqa: E402
 
 API_VERSION = 2

@@ -52,7 +52,7 @@ def map_(
         raise OptionError(None, why="--compare needs --since")
     if html is not None and since is not None:
         raise OptionError(None, why="--html and --since exclude each other")
-    from nbd_vmdk.disk import open_disk
+    from nbd_vmdk.opening import open_disk
     from nbd_vmdk.ops.mapping import map_rows
 
     with open_disk(image, locks=False, **options) as disk:

@@ -75,7 +75,7 @@ def write(
         raise OptionError(None, why="--zero and --trim exclude each other")
     if nothing_to_read and (length is None or source is not None):
         raise OptionError(None, why="--zero and --trim need --length, and no --input")
-    from nbd_vmdk.disk import open_disk
+    from nbd_vmdk.opening import open_disk
     from nbd_vmdk.ops.content import DiskContent
     from nbd_vmdk.ops.transfer import check_range
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nbd_vmdk.chain import find_child
 from nbd_vmdk.converting.targets import IN_PLACE, is_uri, open_place, target_kind
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import FileExists, NotVmdk, OptionError, VmdkError, WriteRefused
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.probe import FileKind
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.convert import Made, Work, known_cid, overwrite, refuse_itself, write_image, write_raw
 from nbd_vmdk.ops.copy import Source
 from nbd_vmdk.ops.formats import RAW, VMDK, guess_format

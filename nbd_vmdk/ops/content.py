@@ -11,8 +11,9 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.extents.base import NOTHING, Kind
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.formats import RAW, guess_format
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.localfolder import LocalFolder

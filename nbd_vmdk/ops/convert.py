@@ -17,13 +17,14 @@ from functools import partial
 from typing import Any, Final
 
 from nbd_vmdk.codec import DEFAULT_LEVEL
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import StorageError, VmdkError, WriteRefused, printable
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.streamwriter import StreamWriter
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import FRESH_CID, MAX_DESCRIPTOR, NO_PARENT, Descriptor, random_cid
 from nbd_vmdk.ondisk.hosted import MAGIC, HostedHeader, parse_header
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.copy import Copied, Progress, Rest, Sink, Source, copy, default_threads
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.sides import Comparer, DiskSink, DiskSource, StorageSink, StorageSource, sharing

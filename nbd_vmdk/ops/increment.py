@@ -28,10 +28,11 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, Final
 
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import ChainError, Difference, OptionError
 from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.link import Link
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.content import Range
 from nbd_vmdk.ops.convert import (
     HOLE_GRAIN,

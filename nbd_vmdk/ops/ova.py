@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, Final
 
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import WriteRefused
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.ovf_build import Appliance, build_manifest, build_ovf, manifest_hash
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, with_new_cid
 from nbd_vmdk.ops.copy import Copied, Source
 from nbd_vmdk.ops.create import Created, create_image

@@ -10,10 +10,11 @@ because nothing would tell a reader of the overlay that its holes are somebody e
 import os
 from dataclasses import replace
 
-from nbd_vmdk.disk import Disk, open_found
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, Unsupported
 from nbd_vmdk.look import read_descriptor
 from nbd_vmdk.ondisk.descriptor import NO_PARENT
+from nbd_vmdk.opening import open_found
 from nbd_vmdk.ops.create import CreateOptions, create_planned
 from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.create.parent import Parent, parent_in, refuse_written

@@ -11,9 +11,10 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.disk import Disk, open_found, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, VmdkError
 from nbd_vmdk.link import Link
+from nbd_vmdk.opening import open_found, open_in
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.vm import FoundDisk, find_all, locate
 

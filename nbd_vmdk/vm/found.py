@@ -19,7 +19,7 @@ _LISTED = 20
 
 @dataclass(slots=True)
 class FoundDisk:
-    """A disk to open: ``disk.open_in(found.folder, found.file, ...)``.
+    """A disk to open: ``opening.open_in(found.folder, found.file, ...)``.
 
     folder      the folder that holds it, through the gate of what the user named
     file        its name there

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from nbd_vmdk.cli import main
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import FileMissing, NotVmdk, Unsupported, VmdkError
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.check.findings import LISTED, Finding, Repair
 from nbd_vmdk.ops.check.runner import Report, check_image
 from nbd_vmdk.ops.create import create_image

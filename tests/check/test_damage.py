@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.check.findings import Finding, Repair
 from nbd_vmdk.ops.check.runner import Report
 from nbd_vmdk.ops.check.verdicts import CASES, State, Verdict

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from nbd_vmdk.cli import main
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import FileMissing, FormatError, InUse, NotVmdk, OptionError, StorageError, WriteRefused
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.repair import apply_repair, plan_repair, undo_repair
 from nbd_vmdk.storage.local import LocalFile

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import BadField, VmdkError
 from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd, reaches_past_end
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.hosted import parse_header
+from nbd_vmdk.opening import open_disk
 from tests.breaking import BREAKS, CONTENT, Break, delta, sparse
 from tests.images import desc, peek, poke
 from tests.images.content import SECTOR, Content

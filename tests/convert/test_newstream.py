@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_vmdk import create_image, open_disk
-from nbd_vmdk.disk import open_in
 from nbd_vmdk.errors import StorageError, WriteRefused
 from nbd_vmdk.extents import newstream
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.options import OpenOptions
 from tests.convert import qemu_raw, raw_file

@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from nbd_vmdk import VmdkError
-from nbd_vmdk.disk import open_in
 from nbd_vmdk.errors import WriteRefused
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.check.findings import Repair, Severity
 from nbd_vmdk.ops.check.runner import Report, check_in
 from nbd_vmdk.ops.repair import apply_in

@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from nbd_vmdk import Disk, VmdkError, commit
-from nbd_vmdk.disk import open_in
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.options import OpenOptions
 from tests.images import desc
 from tests.images.content import KIB, SECTOR, Content

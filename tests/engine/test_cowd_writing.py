@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, VmdkError, commit, open_disk
-from nbd_vmdk.disk import open_in
 from nbd_vmdk.errors import BadField, NotFast
 from nbd_vmdk.extents import cowd as cowd_extents
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.repair import apply_repair
 from nbd_vmdk.options import OpenOptions

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import Disk, VmdkError, commit
-from nbd_vmdk.disk import open_in
 from nbd_vmdk.errors import Latched, StorageError
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.options import OpenOptions
 from tests.engine import same
 from tests.images import desc

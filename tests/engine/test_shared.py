@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_vmdk.disk import open_disk
 from nbd_vmdk.errors import BadField, Unreadable, VmdkError, WriteRefused
 from nbd_vmdk.extents import shared
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.shared import Slots
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.check.findings import Severity
 from nbd_vmdk.ops.check.runner import check_image
 from tests.images import desc, peek, poke

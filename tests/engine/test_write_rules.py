@@ -18,9 +18,9 @@ import pytest
 
 from nbd_vmdk import Disk, VmdkError, create_image, open_disk
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.disk import open_found
 from nbd_vmdk.errors import InUse, NotFast, OutOfRange, StorageError, WriteRefused
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.opening import open_found
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage import local
 from nbd_vmdk.vm import locate

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.extents.base import Extent, Kind
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.stream import StreamExtent
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.info import image_info
 from nbd_vmdk.ops.mapping import map_rows
 from nbd_vmdk.runs import Run

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk.disk import open_disk, open_in
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.hosted import HostedExtent
+from nbd_vmdk.opening import open_disk, open_in
 from nbd_vmdk.ops.resize.tables import grow_cowd, grow_hosted
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.units import GIB, MIB, SECTOR

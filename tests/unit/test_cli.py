@@ -56,7 +56,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         calls.append((path, options))
         return FakeDisk(**options)
 
-    monkeypatch.setattr("nbd_vmdk.disk.open_disk", open_disk)
+    monkeypatch.setattr("nbd_vmdk.opening.open_disk", open_disk)
     return calls
 
 
@@ -115,7 +115,7 @@ def test_help_is_quick() -> None:
 
 
 def test_no_verb_imports_what_it_does_not_need() -> None:
-    heavy = "{'asyncio', 'numpy', 'rich', 'deflate', 'isal', 'nbd_vmdk.disk', 'tarfile'}"
+    heavy = "{'asyncio', 'numpy', 'rich', 'deflate', 'isal', 'nbd_vmdk.disk', 'nbd_vmdk.opening', 'tarfile'}"
     code = (
         f"import sys; from nbd_vmdk.cli import main; main(['-h']); sys.exit(repr({heavy} & set(sys.modules)))"
     )
@@ -159,7 +159,7 @@ def test_errors_name_the_file_and_the_next_step(
         raise InUse(path, how="a writer holds it")
 
     rows_are(monkeypatch, [])
-    monkeypatch.setattr("nbd_vmdk.disk.open_disk", in_use)
+    monkeypatch.setattr("nbd_vmdk.opening.open_disk", in_use)
     assert main(["map", "--json", "x.vmdk"]) == 5
     said = capsys.readouterr()
     assert said.err.splitlines() == [
@@ -179,7 +179,7 @@ def test_operating_system_errors_have_no_traceback(
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
     rows_are(monkeypatch, [])
-    monkeypatch.setattr("nbd_vmdk.disk.open_disk", broken)
+    monkeypatch.setattr("nbd_vmdk.opening.open_disk", broken)
     assert main(["map", "x.vmdk"]) == 1
     assert capsys.readouterr().err.startswith("error: x.vmdk: ")
 
@@ -284,7 +284,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     rows_are(monkeypatch, [])
-    monkeypatch.setattr("nbd_vmdk.disk.open_disk", interrupted)
+    monkeypatch.setattr("nbd_vmdk.opening.open_disk", interrupted)
     assert main(["map", "x.vmdk"]) == 130
 
 
@@ -295,7 +295,7 @@ def test_names_from_images_never_reach_the_terminal_raw(
         raise NotVmdk(path, what="\x1b[2Jfoo\nbar\u202e")
 
     rows_are(monkeypatch, [])
-    monkeypatch.setattr("nbd_vmdk.disk.open_disk", hostile)
+    monkeypatch.setattr("nbd_vmdk.opening.open_disk", hostile)
     assert main(["map", "x.vmdk"]) == 1
     assert capsys.readouterr().err == "error: x.vmdk: \\x1b[2Jfoo\\x0abar\\x202e\n"
 
@@ -367,10 +367,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     code = f"""
 import sys, itertools
 from types import SimpleNamespace
-import nbd_vmdk.disk
+import nbd_vmdk.opening
 sys.path.insert(0, {str(ROOT)!r})
 from tests.unit.test_cli import FakeDisk, ROWS
-nbd_vmdk.disk.open_disk = lambda path, **_: FakeDisk()
+nbd_vmdk.opening.open_disk = lambda path, **_: FakeDisk()
 sys.modules["nbd_vmdk.ops.mapping"] = SimpleNamespace(map_rows=lambda disk: itertools.cycle(ROWS))
 from nbd_vmdk.cli import main
 sys.exit(main(["map", "--json", "x.vmdk"]))

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import WriteRefused
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.cowd import CowdExtent
@@ -26,6 +26,7 @@ from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import last_component
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.check.findings import Severity
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.compact.blocks import block_of

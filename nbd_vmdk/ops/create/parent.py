@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nbd_vmdk.chain import MAX_LINKS
-from nbd_vmdk.disk import Disk, open_disk
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import ChainTooDeep, InUse, Unsupported
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import NO_PARENT
+from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.create.options import CreateOptions
 from nbd_vmdk.storage.localfolder import LocalFolder

@@ -12,11 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import InUse, Unsupported, WriteRefused
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.descriptor_build import random_uuid
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.linkset.copying import Copier
 from nbd_vmdk.ops.linkset.names import chain_names, new_names, target_path, with_names

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, WriteRefused
 from nbd_vmdk.extents.base import NOTHING
 from nbd_vmdk.extents.cowd import CowdExtent
@@ -28,6 +28,7 @@ from nbd_vmdk.link import LinkExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, random_cid
 from nbd_vmdk.ondisk.descriptor_build import geometry_for
 from nbd_vmdk.ondisk.descriptor_text import HEX32
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.resize.changes import Change, grow_file, is_zero
 from nbd_vmdk.ops.resize.extents import grown_lines, kept_lines, leftovers, make_extents

@@ -32,9 +32,10 @@ from typing import Any
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import plain_name
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Difference, FileMissing, InUse, VmdkError, WriteRefused
 from nbd_vmdk.opener import open_link
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.check.runner import check_in
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.repair import apply_in

@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import FileMissing, InUse, NotVmdk, StorageError, Unsupported, VmdkError, WriteRefused
 from nbd_vmdk.link import Link, occupied
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
 from nbd_vmdk.opener import open_link
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.create.child import parent_hint
 from nbd_vmdk.ops.rewrite import DescriptorFile, mend_folder, real_path, remove_leftovers, sync_folder
 from nbd_vmdk.ops.snapshot.tree import LinkFile, link_file, links_of, names_beside

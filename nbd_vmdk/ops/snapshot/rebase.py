@@ -22,10 +22,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nbd_vmdk.disk import Disk, open_in
+from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import ChainError, ContentIdMismatch, Difference, InUse, ParentNotFound, WriteRefused
 from nbd_vmdk.extents.base import NOTHING, Kind
 from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor
+from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.copy import Progress, copy
 from nbd_vmdk.ops.create.child import parent_hint
 from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
