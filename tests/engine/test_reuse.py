@@ -1,13 +1,18 @@
 """Freed grains are given out again, and never while somebody may still be on the way to them."""
 
+import errno
 import os
+import random
 import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from nbd_vmdk import open_disk
 from nbd_vmdk.alloc import Allocator
-from nbd_vmdk.units import KIB, MIB
+from nbd_vmdk.errors import StorageError
+from nbd_vmdk.units import KIB, MIB, SECTOR
 from tests.images.content import Content
 from tests.images.desc import monolithic_sparse
 from tests.memory import MemoryStorage
@@ -59,6 +64,40 @@ def test_a_freed_grain_waits_for_the_overwrites_under_way() -> None:
     # Whoever began after the grain was freed can't have found it.
     assert late in allocator.writing
     assert [allocator.take_grains(1) for _ in range(3)] == [at, at + GRAIN, at + 3 * GRAIN]
+
+
+def test_no_two_are_given_the_same_space_and_the_file_has_it() -> None:
+    """Grains in rows and tables, over the edges of the steps by which the file grows, up to the last one."""
+    storage = MemoryStorage(bytes(10 * SECTOR + 7))
+    last = 3000 * SECTOR
+    allocator = Allocator(storage, SECTOR, last)
+    rng = random.Random(1)
+    end = storage.size
+    while end < last - 300 * SECTOR:
+        if rng.randrange(10):
+            count = rng.randrange(1, 300) if rng.randrange(2) else 1
+            at, length = allocator.take_grains(count), count * SECTOR
+        else:
+            length = rng.randrange(1, 3 * SECTOR)
+            at = allocator.take_table(length)
+        assert at % SECTOR == 0
+        assert at >= end
+        end = at + length
+        assert end <= storage.size
+        assert end <= allocator.end == allocator.used
+        if not rng.randrange(10):
+            allocator.trim_tail()
+            assert storage.size == allocator.used
+    with pytest.raises(StorageError) as caught:
+        allocator.take_grains(400)
+    assert caught.value.errno == errno.ENOSPC
+    while end <= last:
+        at = allocator.take_grains(1)
+        assert at >= end
+        end = at + SECTOR
+    with pytest.raises(StorageError):
+        allocator.take_grains(1)
+    assert end == last + SECTOR <= storage.size
 
 
 def test_nobody_ever_sees_or_hits_the_next_owner_of_a_grain(tmp_path: Path) -> None:
