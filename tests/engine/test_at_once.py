@@ -24,8 +24,9 @@ from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError, Writ
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.writing import WritableSparseExtent
 from nbd_vmdk.ops.check.runner import check_image
+from nbd_vmdk.pages import Pages
 from tests.engine import same
-from tests.images import desc
+from tests.images import desc, peek, poke
 from tests.images.content import KIB, MIB, SECTOR, Content
 from tests.images.desc import Image
 
@@ -236,10 +237,109 @@ def test_two_writers_of_a_new_grain(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         same(disk.pread(4 * KIB, 8 * KIB), b"a" * SECTOR + b"b" * SECTOR + bytes(4 * KIB - 2 * SECTOR))
 
 
-def test_new_grains_of_a_child(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["before", "written before", "after"])
+def test_table_that_is_forgotten_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Other tables push it out of the cache, before a new grain is made or while that is written."""
+    hooks: list[Callable[[], None]] = []
+    lock, pwrite = Pages.lock, os.pwrite
+
+    def locking(self: Pages, page: int) -> Any:
+        while hooks and moment != "after":
+            hooks.pop()()
+        return lock(self, page)
+
+    def writing(fd: int, data: Any, at: int) -> int:
+        while hooks and moment == "after":
+            hooks.pop()()
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(Pages, "lock", locking)
+    monkeypatch.setattr(os, "pwrite", writing)
+    image = NEW["sparse"](str(tmp_path), "disk")
+    model = bytearray(64 * KIB)
+
+    def write(data: bytes, offset: int) -> None:
+        disk.pwrite(data, offset)
+        model[offset : offset + len(data)] = data
+
+    with open_disk(image.path, writable=True) as disk:
+        tables = disk._members[0].tables[0]
+        assert isinstance(tables, Pages)
+
+        def forget() -> None:
+            if moment == "written before":
+                tables.clean.drop(0)  # so that it is another array that is changed
+                write(b"b" * SECTOR, 8 * KIB + SECTOR)
+                disk.flush()
+            assert 0 not in tables.pinned
+            tables.clean.drop(0)
+
+        write(b"first", 0)
+        disk.flush()
+        hooks.append(forget)
+        write(b"a" * SECTOR, 8 * KIB)
+        assert not hooks
+        same(disk.pread(len(model), 0), bytes(model))
+    with open_disk(image.path) as disk:
+        same(disk.pread(len(model), 0), bytes(model))
+    assert not check_image(image.path).findings
+
+
+def test_table_that_holds_nothing_again(tmp_path: Path) -> None:
+    """One array stands for all of them in memory, which must not be changed."""
+    image = NEW["sparse"](str(tmp_path), "disk")
+    with open_disk(image.path, writable=True) as disk:
+        tables = disk._members[0].tables[0]
+        assert isinstance(tables, Pages)
+        for data in (b"a" * SECTOR, b"b" * SECTOR):
+            disk.pwrite(data, 0)
+            same(disk.pread(2 * SECTOR, 0), data + bytes(SECTOR))
+            assert not any(disk.pread(MIB, MIB)), "another table is changed, too"
+            disk.trim(8 * KIB, 0)
+            disk.flush()
+            tables.clean.drop(0)
+            assert not any(disk.pread(SECTOR, 0))
+            assert tables.get(0) is tables.empty
+        disk.pwrite(b"c", 0)
+        assert not any(tables.empty)
+    assert not check_image(image.path).findings
+
+
+@pytest.mark.parametrize("kind", ["hosted", "COWD"])
+@pytest.mark.parametrize("committed", [False, True])
+def test_damaged_entry_of_a_table_that_is_changed(tmp_path: Path, kind: str, committed: bool) -> None:
+    """It is refused whoever meets it, and stays what it is."""
+    if kind == "COWD":
+        image = desc.vmfs_sparse(str(tmp_path), "disk", Content(MIB).put(0, b"x"), grain_sectors=16)
+        extent: Any = image.cowd()
+    else:
+        image = desc.monolithic_sparse(str(tmp_path), "disk", Content(MIB).put(0, b"x"), grain_sectors=16)
+        extent = image.hosted()
+    place = extent.gte_at(2)
+    with open_disk(image.path, writable=True) as disk:
+        poke(extent.path, place, b"\2\0\0\0")  # had it been there before, the disk would be read only
+        for _ in range(2):
+            disk.pwrite(b"new", 8 * KIB)  # the table is changed, and may be changed at once from then on
+            if committed:
+                disk.flush()
+            for length in (1, SECTOR, 8 * KIB):
+                with pytest.raises(VmdkError, match="grain 2"):
+                    disk.pwrite(b"y" * length, 16 * KIB)
+        disk.pwrite(b"z", 24 * KIB)
+        same(disk.pread(1, 24 * KIB), b"z")
+    assert peek(extent.path, place, 4) == b"\2\0\0\0"
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_new_grains_of_a_child(tmp_path: Path, split: bool) -> None:
     """What is not written is the parent's, so a new grain is more than what is written."""
     base = desc.monolithic_sparse(str(tmp_path), "base", FULL)
-    image = desc.monolithic_sparse(str(tmp_path), "child", EMPTY, parent=base)
+    if split:
+        image = desc.split_sparse(str(tmp_path), "child", EMPTY, 3072, parent=base)
+    else:
+        image = desc.monolithic_sparse(str(tmp_path), "child", EMPTY, parent=base)
     with open_disk(image.path, writable=True) as disk:
         model = bytearray(FULL.read(0, FULL.size))
         for offset in range(0, disk.size, GRAIN):

@@ -148,6 +148,9 @@ def test_windows(tmp_path: Path) -> None:
     class Slow(LocalFile):
         """Reads in a way of its own."""
 
+    class SlowWindow(Window):
+        """So does this."""
+
     with closing(opened()) as plain:
         assert local_file(plain) == (plain, os.preadv)
     for depth in (1, 2, 3):
@@ -180,6 +183,8 @@ def test_windows(tmp_path: Path) -> None:
         Window(MemoryStorage(data, "memory", writable=False), 0, 10, "window"),
         opened(Slow),
         Window(opened(Slow), 0, 10, "window"),
+        SlowWindow(opened(), 0, 10, "window"),
+        Window(SlowWindow(opened(), 0, 10, "window"), 0, 10, "window"),
     ):
         with closing(other):
             assert local_file(other) is None

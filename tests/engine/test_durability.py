@@ -925,14 +925,16 @@ def test_close_beside_the_timer(make: Callable[..., Case], monkeypatch: pytest.M
         assert folder.content("top.vmdk")[72] == 0
 
 
+@pytest.mark.parametrize("made", [False, True])
 def test_dirty_tables_are_bounded(
-    make: Callable[..., Case], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Case], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, made: bool
 ) -> None:
     monkeypatch.setattr(commit, "MAX_PINNED", 64 * KIB)
-    folder, disk = make(desc.monolithic_sparse(str(tmp_path), "top", Content(MIB), grain_sectors=1, gtes=4))
+    options: dict[str, Any] = {"grain_sectors": 1, "gtes": 4, "preallocate_tables": not made}
+    folder, disk = make(desc.monolithic_sparse(str(tmp_path), "top", Content(MIB), **options))
     member = disk._members[0]
     most = 0
-    for slot in range(2):  # tables that are made, and then those that are in memory
+    for slot in range(2):  # tables that are changed for the first time, and then those that are in memory
         syncs = folder.log.count("sync")
         for at in range(slot * SECTOR, MIB, 4 * SECTOR):
             disk.pwrite(b"x" * 10, at)
