@@ -92,6 +92,14 @@ class Allocator:
             if len(self._free) + len(self._cooling) < _MAX_FREE:
                 self._cooling.append((frozenset(self.writing.copy()), at, length))
 
+    def untake(self, at: int, length: int) -> None:
+        """Take back grains that were just handed out, read as zeros again, and never had an owner."""
+        with self._lock:
+            if at + length == self._end:
+                self._end = self._used = at
+                return
+        self.give_back(at, length)
+
     def _reuse(self, length: int) -> int | None:
         """Freed space of ``length`` bytes, if there is some that nobody can be writing to."""
         while self._cooling and self._cooling[0][0].isdisjoint(self.writing):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from nbd_vmdk.alloc import Allocator
-from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.errors import StorageError, VmdkError
 from nbd_vmdk.extents.base import Below, Kind, WritableExtent, Writer
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.tables import GrainTables
@@ -237,9 +237,15 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         return count
 
     def _abandon(self, at: int, grains: int) -> None:
-        """Have new grains that no table names yet released with the next commit, and what is in them."""
-        self.freed += range(at, at + grains * self.grain, self.grain)
-        self.holds_more = True
+        """Give back new grains that no table names, and what is in them; or have the next commit do it."""
+        length = grains * self.grain
+        try:
+            self.storage.punch(at, length)
+        except StorageError:
+            self.freed += range(at, at + length, self.grain)
+            self.holds_more = True
+        else:
+            self._allocator.untake(at, length)
 
     def _table_for_change(self, number: int) -> "array[int]":
         """The table to look at before changing it, made if it does not exist; its lock is held.

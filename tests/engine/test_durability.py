@@ -377,16 +377,20 @@ def test_failure_of_a_later_commit_is_nothing_to_whom_one_has_served(make: Calla
     assert results == [0]
 
 
-def test_failed_write_alone_changes_no_content_id(make: Callable[..., Case]) -> None:
-    """Its grain is given back, but no child of the disk need notice."""
+@pytest.mark.parametrize("failing", [("write",), ("write", "punch")])
+def test_failed_write_alone_changes_no_content_id(
+    make: Callable[..., Case], failing: tuple[str, ...]
+) -> None:
+    """Its grain is given back, now or with the next commit, but no child of the disk need notice."""
     folder, disk = make()
     size = len(folder.log.initial["top.vmdk"])
-    folder.log.before = fault(errno.ENOSPC, lambda event: event.op == "write" and event.at >= size)
-    fails(lambda: disk.pwrite(b"x", MIB), errno.ENOSPC)
-    folder.log.before = None
+    folder.log.before = fault(errno.ENOSPC, lambda event: event.op in failing and event.at >= size)
     with only(folder) as events:
+        fails(lambda: disk.pwrite(b"x", MIB), errno.ENOSPC)
+        assert disk._members[0].holds_more is ("punch" in failing)
+        folder.log.before = None
         disk.flush()
-    assert ops(events) == ["punch"]
+    assert ops(events) == ["truncate", "punch"]
     disk.pwrite(b"x", 0, fua=True)
     assert cid_of(folder.content("top.vmdk")) != cid_of(folder.log.initial["top.vmdk"])
 
@@ -744,10 +748,35 @@ def parse_tables_now(disk: Disk, folder: RecordingFolder) -> dict[int, int]:
     return parse_tables(folder.content("top.vmdk")).grains
 
 
-def test_space_of_failed_writes_is_used_again(make: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("ready", [False, True])
+def test_writes_that_fail_for_ever_take_nothing(make: Callable[..., Case], ready: bool) -> None:
+    """A guest that tries again and again takes no memory by that, and no space, though it never flushes."""
+    folder, disk = make()
+    member = disk._members[0]
+    size = len(folder.log.initial["top.vmdk"])
+    if ready:
+        disk.pwrite(b"y", MIB)
+    held = member.held
+    folder.log.before = fault(errno.ENOSPC, lambda event: event.op == "write")
+    for turn in range(50):
+        for length in (100, GRAIN, 3 * GRAIN):
+            fails(lambda at=turn % 5 * GRAIN, n=length: disk.pwrite(b"x" * n, 2 * MIB + at), errno.ENOSPC)
+    assert member.held == held
+    folder.log.before = None
+    for turn in range(3):
+        disk.pwrite(b"z", 2 * MIB + turn * GRAIN)
+        same(disk.pread(GRAIN, 2 * MIB + turn * GRAIN), b"z" + bytes(GRAIN - 1))
+    disk.close()
+    assert len(folder.content("top.vmdk")) == size + (3 + ready) * GRAIN
+    check_order(folder, "top.vmdk")
+    check_tables(parse_tables(folder.content("top.vmdk")))
+
+
+@pytest.mark.parametrize("failing", [("write",), ("write", "punch")])
+def test_space_of_failed_writes_is_used_again(make: Callable[..., Case], failing: tuple[str, ...]) -> None:
     folder, disk = make()
     size = len(folder.log.initial["top.vmdk"])
-    folder.log.before = fault(errno.ENOSPC, lambda event: event.op == "write")
+    folder.log.before = fault(errno.ENOSPC, lambda event: event.op in failing)
     for turn in range(5):
         fails(lambda turn=turn: disk.pwrite(b"x" * 100, MIB + turn * GRAIN), errno.ENOSPC)
     folder.log.before = None

@@ -66,6 +66,25 @@ def test_a_freed_grain_waits_for_the_overwrites_under_way() -> None:
     assert [allocator.take_grains(1) for _ in range(3)] == [at, at + GRAIN, at + 3 * GRAIN]
 
 
+def test_grains_that_nobody_got() -> None:
+    """Those at the end are as if they had never been taken; others are given out again as freed ones are."""
+    storage = MemoryStorage(bytes(GRAIN))
+    allocator = Allocator(storage, GRAIN, 1 << 40)
+    for _ in range(3):
+        for count in (1, 3, 2):
+            at = allocator.take_grains(count)
+            allocator.untake(at, count * GRAIN)
+            assert (at, allocator.end, allocator.used) == (GRAIN, GRAIN, GRAIN)
+    first, second = allocator.take_grains(2), allocator.take_grains(1)
+    ticket = allocator.ticket()
+    allocator.untake(first, 2 * GRAIN)
+    assert allocator.take_grains(2) == second + GRAIN
+    allocator.writing.discard(ticket)
+    assert allocator.take_grains(2) == first
+    allocator.trim_tail()
+    assert storage.size == allocator.end == second + 3 * GRAIN
+
+
 def test_no_two_are_given_the_same_space_and_the_file_has_it() -> None:
     """Grains in rows and tables, over the edges of the steps by which the file grows, up to the last one."""
     storage = MemoryStorage(bytes(10 * SECTOR + 7))
