@@ -140,9 +140,11 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                     return self
             finally:
                 writing.discard(ticket)
+            # There is nothing yet.  What follows is _fill() for one grain, without a parent.
             if entry or not alone or number not in ready:
                 return None
             with lock(number):
+                # Meanwhile the cache may have forgotten the table, or another writer have made the grain.
                 table = pinned.get(number) or clean.young.get(number)
                 if table is None or table[slot]:
                     return None
@@ -153,6 +155,7 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                     self._abandon(at, 1)
                     raise
                 self.touched = True
+                # This may be another array: the cache may have forgotten that one, or it stood for zeros.
                 table = pinned.get(number) or self._pin(number)
                 table[slot] = at // SECTOR
                 dirty.add(number)
