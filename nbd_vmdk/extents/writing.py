@@ -151,12 +151,12 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                 at = take_grains(1)
                 try:
                     storage.write(buf, at + within)
+                    # This may be another array: the cache may have forgotten that one, or it stood for zeros.
+                    table = pinned.get(number) or self._pin(number)
                 except VmdkError:
                     self._abandon(at, 1)
                     raise
                 self.touched = True
-                # This may be another array: the cache may have forgotten that one, or it stood for zeros.
-                table = pinned.get(number) or self._pin(number)
                 table[slot] = at // SECTOR
                 dirty.add(number)
                 return self
@@ -228,11 +228,11 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
                     self._write_partial(piece, within, at, index, below)
                 else:
                     self.storage.write(piece, at + within)  # new space is zeros already
+                table = self._pinned.get(number) or self._pin(number)
             except VmdkError:
                 self._abandon(at, grains)
                 raise
             self.touched = True
-            table = self._pinned.get(number) or self._pin(number)
             table[slot] = at // SECTOR
             for i in range(1, grains):
                 table[slot + i] = (at + i * grain) // SECTOR

@@ -16,6 +16,7 @@ from nbd_vmdk import Disk, VmdkError, commit
 from nbd_vmdk.errors import Latched, StorageError
 from nbd_vmdk.opening import open_in
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.pages import Pages
 from tests.engine import same
 from tests.images import desc
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -770,6 +771,39 @@ def test_writes_that_fail_for_ever_take_nothing(make: Callable[..., Case], ready
     assert len(folder.content("top.vmdk")) == size + (3 + ready) * GRAIN
     check_order(folder, "top.vmdk")
     check_tables(parse_tables(folder.content("top.vmdk")))
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_table_that_cannot_be_read_again(make: Callable[..., Case], ready: bool) -> None:
+    """The cache forgets it while the new grain is written: that is given back, too."""
+    folder, disk = make()
+    tables = disk._members[0].tables[0]
+    assert isinstance(tables, Pages)
+    if ready:
+        disk.pwrite(b"y", MIB, fua=True)
+    disk.pread(1, MIB)
+
+    def forget(event: Event) -> None:
+        if event.op == "write" and event.length == 100:
+            tables.clean.drop(0)
+            folder.log.reading = failing
+
+    def failing(_file: str, _at: int, _length: int) -> None:
+        raise OSError(errno.EIO, "on purpose")
+
+    folder.log.before = forget
+    for _ in range(3):
+        fails(lambda: disk.pwrite(b"x" * 100, 2 * MIB), errno.EIO)
+        folder.log.reading = None
+        same(disk.pread(100, 2 * MIB), bytes(100))
+    folder.log.before = None
+    disk.pwrite(b"z", 2 * MIB)
+    same(disk.pread(GRAIN, 2 * MIB), b"z" + bytes(GRAIN - 1))
+    disk.close()
+    grains = parse_tables(folder.content("top.vmdk")).grains
+    assert len(folder.content("top.vmdk")) == len(folder.log.initial["top.vmdk"]) + (1 + ready) * GRAIN
+    assert len(grains) == 4 + ready
+    check_order(folder, "top.vmdk")
 
 
 @pytest.mark.parametrize("failing", [("write",), ("write", "punch")])
