@@ -8,7 +8,8 @@ bookkeeping and no lock, which the 4 KiB read path needs.
 Whoever keeps something has a part of the cache to himself, with keys of his own.  The budget and the turn of
 generations are common to all parts.
 
-Values are immutable for readers: whoever wants to change a table takes it out first (see pages.py).
+Values are immutable but for tables: one that is changed is held elsewhere, too, and is the same array here
+until it is forgotten (see pages.py).
 """
 
 import threading

@@ -2,7 +2,8 @@
 
 A `Pages` is an array of fixed-width integers that lies on disk in equal pages: the grain tables of an
 extent are one (a page is a table), its grain directory is another.  Clean pages live in the shared cache and
-may vanish at any time; a page that somebody changes is pinned until a commit has made it durable.
+may vanish at any time; a page that somebody changes is pinned until a commit has made it durable.  A pinned
+page that was in the cache stays there: it is the same array, so whoever finds it sees the changes.
 
 Locking: `lock(page)` serialises loading a page with changing it.  A load holds it from reading the disk to
 putting the page into the cache, so a stale copy can never overtake a change.  Whoever changes a page holds
@@ -79,7 +80,7 @@ class Pages:
     ) -> None:
         self.storage = storage
         self.cache = cache
-        #: The pages that can be read again.
+        #: The pages that can be read again, or are pinned as well.
         self.clean = cache.part()
         self.per_page = per_page
         self._total = total
