@@ -117,7 +117,7 @@ class Verbs(click.Group):
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Begin with: nbd-vmdk info disk.vmdk; nbd-vmdk serve disk.vmdk.  Examples of each verb: "
-    "man nbd-vmdk-VERB.",
+    "man nbd-vmdk-VERB, or docs/EXAMPLES.md.",
 )
 @click.version_option(__version__, prog_name="nbd-vmdk", message="%(prog)s %(version)s")
 @click.option(

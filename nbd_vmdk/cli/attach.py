@@ -78,7 +78,7 @@ def detach(device: str, as_json: bool) -> int:
 def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: Any) -> int:
     """Show the disk of IMAGE, or of an NBD URI, as the raw file DIR/nbd, and print its name.
 
-    The server stays in the background until 'nbd-vmdk umount DIR'.
+    DIR is an empty folder.  The server stays in the background until 'nbd-vmdk umount DIR'.
     """
     from nbd_vmdk.attaching import mounts
 

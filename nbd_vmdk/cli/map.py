@@ -40,7 +40,7 @@ def map_(
 
     Link counts from the top of the chain, 0 being IMAGE itself.  With --json: one array, as
     'qemu-img map --output=json' prints it, with the file name and the kind added.  On a terminal a strip
-    shows the whole disk at a glance.
+    shows the whole disk at a glance.  The exit code is 3 if some of it can't be read.
 
     With --since only ranges that were written since the snapshot LINK, a link of the chain by its name or
     number: copied over a copy of LINK's disk they give IMAGE's.

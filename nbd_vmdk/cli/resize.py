@@ -44,8 +44,8 @@ def resize(image: str, size: tuple[int, int], dry_run: bool, as_json: bool, **op
     """Make IMAGE as large as SIZE, or larger or smaller by it.
 
     Whatever stops it leaves the old disk or the new one, and the same command goes on.  It shrinks only if
-    what is cut off is all zeros.  Partitions and file systems inside are not changed: make them larger
-    afterwards, or smaller before, in the guest.
+    what is cut off is all zeros, and a disk on which others stand keeps its size.  Partitions and file
+    systems inside are not changed: make them larger afterwards, or smaller before, in the guest.
     """
     from nbd_vmdk.ops.resize import resize as run
 

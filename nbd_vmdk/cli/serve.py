@@ -109,7 +109,12 @@ def _mode(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option(
     "--run", "command", metavar="CMD", help="Run CMD by the shell with $uri and $uris set, then end."
 )
-@click.option("--pidfile", type=click.Path(), metavar="FILE", help="Write the server's process ID to FILE.")
+@click.option(
+    "--pidfile",
+    type=click.Path(),
+    metavar="FILE",
+    help="Have nbdkit's process ID in FILE as long as it answers; of several workers, the first one's.",
+)
 @open_options
 @serve_options
 @json_option
@@ -122,9 +127,10 @@ def serve(images: tuple[str, ...], command: str | None, as_json: bool, **options
     app.ova:disk1.vmdk is one disk of several.  Each disk is an export called like its file, with its folder
     before it where two are called the same; the first is also the default export.
 
-    Without --socket or --port the server listens on a private unix socket, or on the one that systemd hands
-    over.  Disks are writable unless -r is given or the kind of the disk can't be written; those of appliances
-    and snapshots are read-only.  With --scratch or --overlay every disk can be written to, and none changes.
+    Without --socket, --port or --vsock the server listens on a private unix socket, or on the one that
+    systemd hands over.  Disks are writable unless -r is given or the kind of the disk can't be written; those
+    of appliances and snapshots are read-only.  With --scratch every disk can be written to, with --overlay
+    the only one, and none changes.
 
     A port that other machines can reach needs TLS, or --insecure.
 
