@@ -32,6 +32,7 @@ _EXIT_STATUS = (
     ("4", "Only something harmless was found."),
     ("5", "Another process uses the image."),
     ("130", "Interrupted."),
+    ("128+N", "Ended by the signal N; 141: the reader of its output went away."),
 )
 _FILES = {
     "nbd-vmdk": (
