@@ -34,7 +34,8 @@ def attach(
     client-cert.pem and client-key.pem if it wants to see one.
 
     Returns when the device and its partitions are there, and prints their names.  The server stays in the
-    background until the device is detached: 'nbd-vmdk detach' does that, and makes sure.
+    background until the device is detached: 'nbd-vmdk detach' does that, and makes sure.  It takes nbd-client
+    and the kernel's module (modprobe nbd).
     """
     from nbd_vmdk.attaching import devices
 
@@ -78,7 +79,8 @@ def detach(device: str, as_json: bool) -> int:
 def mount(image: str, folder: str, as_json: bool, read_only: bool, **options: Any) -> int:
     """Show the disk of IMAGE, or of an NBD URI, as the raw file DIR/nbd, and print its name.
 
-    DIR is an empty folder.  The server stays in the background until 'nbd-vmdk umount DIR'.
+    DIR is an empty folder.  The server stays in the background until 'nbd-vmdk umount DIR'.  It takes nbdfuse
+    and, for who is not root, fusermount3.
     """
     from nbd_vmdk.attaching import mounts
 
