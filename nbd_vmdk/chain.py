@@ -23,10 +23,18 @@ from nbd_vmdk.errors import (
 )
 from nbd_vmdk.link import Link
 from nbd_vmdk.look import descriptors_in, read_descriptor
-from nbd_vmdk.ondisk.descriptor import NO_PARENT, Descriptor, is_absolute, last_component, windows_to_posix
+from nbd_vmdk.ondisk.descriptor import (
+    FRESH_CID,
+    NO_PARENT,
+    Descriptor,
+    is_absolute,
+    last_component,
+    windows_to_posix,
+)
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.units import SECTOR
 from nbd_vmdk.vm import FoundDisk, locate
 
 #: VMware allows 32 snapshots; linked clones of clones add to that.
@@ -146,7 +154,13 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
         _check_cid(child, descriptor, parent, options)
         return parent
     cid = f"{descriptor.parent_cid:08x}"
-    found = [sibling for sibling, other in descriptors_in(child.folder) if other.cid == descriptor.parent_cid]
+    found = [
+        sibling
+        for sibling, other in descriptors_in(child.folder)
+        if other.cid == descriptor.parent_cid
+        # All fresh disks have the same one.
+        and (other.cid != FRESH_CID or other.total_sectors * SECTOR == child.size)
+    ]
     if found:
         where = child.folder.label(found[0])
         raise ParentNotFound(

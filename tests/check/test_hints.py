@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from nbd_vmdk import open_disk
 from nbd_vmdk.cli import main
+from nbd_vmdk.errors import ParentNotFound
 from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.info import image_info
 from tests.breaking import BREAKS, CONTENT, sparse, streamed
@@ -366,3 +368,18 @@ def test_lost_parts_of_a_salvaged_disk(tmp_path: Path, capsys: pytest.CaptureFix
     cut(image.path, image.stream().grain_at(sorted(image.stream().records)[-3]) + 700)
     _code, lines = said(capsys, "convert", "--salvage", image.path, str(tmp_path / "new.vmdk"))
     expect(tmp_path, image.path, lines, ("disk.vmdk", "is lost", "only a whole copy of the file has it"))
+
+
+def test_a_fresh_disk_of_another_size_is_no_missing_parent(tmp_path: Path) -> None:
+    """Its content ID is that of all disks that were never written."""
+    create_image(tmp_path / "base.vmdk", 4 * MIB)
+    create_image(tmp_path / "child.vmdk", parent=str(tmp_path / "base.vmdk"))
+    (tmp_path / "base.vmdk").unlink()
+    create_image(tmp_path / "other.vmdk", 8 * MIB)
+    with pytest.raises(ParentNotFound) as caught:
+        open_disk(tmp_path / "child.vmdk")
+    assert "other.vmdk" not in str(caught.value.hint)
+    create_image(tmp_path / "moved.vmdk", 4 * MIB)
+    with pytest.raises(ParentNotFound) as caught:
+        open_disk(tmp_path / "child.vmdk")
+    assert "moved.vmdk has this content ID" in str(caught.value.hint)
