@@ -187,8 +187,9 @@ def test_killed_anywhere(tmp_path: Path, kind: str, larger: bool) -> None:
 def test_children(tmp_path: Path) -> None:
     base, middle, top = make_chain(tmp_path)
     for link in (base, middle):
-        with pytest.raises(WriteRefused, match="stands on it"):
+        with pytest.raises(WriteRefused, match="stands on it") as caught:
             resize(link, 3 * MIB)
+        assert caught.value.hint == f"resize the top of the chain instead: nbd-vmdk resize {top}"
     before = shows(top)
     resize(top, 3 * MIB)
     assert shows(top) == before.ljust(3 * MIB, b"\0")

@@ -36,7 +36,7 @@ from nbd_vmdk.ops.resize.tables import grow_cowd, grow_hosted, shrink_cowd, shri
 from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.names import final_name
-from nbd_vmdk.ops.snapshot.tree import children_of
+from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR, align_up, format_size
@@ -94,11 +94,12 @@ def resize(
     link = place.link
     if final_name(link.name) is not None:
         raise WriteRefused(link.label, why="another link is being merged into it", hint="finish that first")
-    if children := children_of(link, place.links()):
+    links = place.links()
+    if children := children_of(link, links):
         raise WriteRefused(
             link.label,
             why=f"{children[0].label} stands on it, and needs a parent that stays as it is",
-            hint=f"resize the top of the chain instead: nbd-vmdk resize {children[0].word}",
+            hint="resize the top of the chain instead" + _above(children, links),
         )
     with ExitStack() as held:
         work = _Work(place, _open(held, place, dry_run=dry_run), held)
@@ -116,6 +117,17 @@ def resize(
             for change in changes:
                 change.apply()
     return found
+
+
+def _above(children: list[LinkFile], links: Sequence[LinkFile]) -> str:
+    """The command for the link on top of ``children``, for a hint; nothing where there are several."""
+    for _ in links:  # parents may go round
+        if len(children) != 1:
+            break
+        if not (above := children_of(children[0], links)):
+            return f": nbd-vmdk resize {children[0].word}"
+        children = above
+    return ""
 
 
 def _open(held: ExitStack, place: files.Place, *, dry_run: bool) -> Disk:
