@@ -26,6 +26,8 @@ OLDEST_NBDKIT = (1, 32)
 _PATIENCE = 20
 
 _PIP = f"{sys.executable} -m pip install"
+#: Not a name, which pip would look for among what anybody publishes.
+_WHEEL = "nbd_vmdk-*.whl, the file that it was installed from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def _python(embedded: str) -> Check:
     found = f"this installation is for Python {own}, nbdkit embeds {embedded}"
     if os.path.basename(plugin_path()) == "plugin.py":  # only a checkout has that
         return Check("Python", False, True, found, "make clean setup")
-    mend = f"python{embedded} -m venv ~/nbd-vmdk && ~/nbd-vmdk/bin/pip install nbd-vmdk"
+    mend = f"python{embedded} -m venv ~/nbd-vmdk && ~/nbd-vmdk/bin/pip install {_WHEEL}"
     return Check("Python", False, True, found, mend)
 
 
@@ -137,13 +139,13 @@ def _our_plugin(program: str) -> Check:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("nbd-vmdk's plugin", False, True, str(error), f"{_PIP} --force-reinstall nbd-vmdk")
+        return Check("nbd-vmdk's plugin", False, True, str(error), f"{_PIP} --force-reinstall {_WHEEL}")
     if done.returncode == 0:
         return Check("nbd-vmdk's plugin", True, True, path)
     # Python's own last line says more than nbdkit's, which comes after it.
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("nbdkit: ")]
     what = lines[-1] if lines else f"nbdkit does not load it (exit code {done.returncode})"
-    return Check("nbd-vmdk's plugin", False, True, what, f"{_PIP} --force-reinstall nbd-vmdk")
+    return Check("nbd-vmdk's plugin", False, True, what, f"{_PIP} --force-reinstall {_WHEEL}")
 
 
 def _numpy() -> Check:
