@@ -115,6 +115,8 @@ def reaches_past_end(storage: Storage, header: HostedHeader) -> bool:
     check_directory(header, storage.size, storage.name)
     length = header.entries_per_table * 4
     directory = _words(storage.read(header.directory_at, header.directory_entries * 4))
+    if header.redundant_at is not None and 0 in directory:
+        directory = _completed(directory, _words(storage.read(header.redundant_at, len(directory) * 4)))
     if max(directory, default=0) * SECTOR + length > storage.size:
         return True
     last = storage.size // SECTOR - header.grain_sectors
@@ -160,7 +162,17 @@ def _look(storage: Storage, layout: _Layout) -> None:
                 storage, f"entry {number} of the {name}", entries[number], "no grain table can be there"
             )
     metadata = _metadata(storage, layout, _ascending(places.values()))
-    _check_entries(storage, layout, next(iter(places.values())), metadata)
+    directory, *twins = places.values()
+    for twin in twins:
+        directory = _completed(directory, twin)
+    _check_entries(storage, layout, directory, metadata)
+
+
+def _completed(directory: "array[int]", twin: "array[int]") -> "array[int]":
+    """The directory by which tables are read: where it has no entry, its twin's counts (see HostedTables)."""
+    if 0 not in directory:
+        return directory
+    return array("I", [entry or other for entry, other in zip(directory, twin, strict=True)])
 
 
 def _words(raw: bytes) -> "array[int]":

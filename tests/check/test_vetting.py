@@ -12,7 +12,7 @@ from nbd_vmdk.extents.vetting import quick_check, quick_check_cowd, reaches_past
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.hosted import parse_header
 from nbd_vmdk.opening import open_disk
-from tests.breaking import BREAKS, CONTENT, Break, delta, sparse
+from tests.breaking import BREAKS, CONTENT, PAST_END, Break, delta, sparse
 from tests.images import desc, peek, poke
 from tests.images.content import SECTOR, Content
 from tests.images.desc import Image
@@ -124,6 +124,22 @@ def test_what_a_crash_leaves_passes(tmp_path: Path, redundant: bool) -> None:
         poke(image.path, extent.gte_at(grain, redundant=redundant), bytes(4))
     poke(image.path, 72, b"\1")
     vet(image.path)
+
+
+@pytest.mark.parametrize(("bad", "is_past_end"), [(PAST_END, True), (4, False)])
+def test_a_table_that_only_the_twin_has_is_looked_at_too(tmp_path: Path, bad: int, is_past_end: bool) -> None:
+    """It is the one that is read there, so what it names would be written to."""
+    image = sparse(str(tmp_path))
+    extent = image.hosted()
+    lacking(image, redundant=False)
+    grain = max(number for number in extent.grains if number // extent.header.gtes_per_gt == 1)
+    poke(image.path, extent.gte_at(grain, redundant=True), bad.to_bytes(4, "little"))
+    storage = MemoryStorage(peek(image.path, 0, os.path.getsize(image.path)), image.path)
+    header = parse_header(storage.read(0, SECTOR), image.path)
+    assert reaches_past_end(storage, header) is is_past_end
+    with pytest.raises(BadField, match=f"table entry of grain {grain} is {bad}: "):
+        quick_check(storage, header)
+    assert not opens(image.path)
 
 
 # COWD
