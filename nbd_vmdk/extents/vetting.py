@@ -25,7 +25,6 @@ Without numpy, which takes longer to import than most images take to be looked a
 comparing whole tables is the work, and Python's max() and min() do the rest.
 """
 
-import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -37,7 +36,7 @@ from nbd_vmdk.errors import BadField, Truncated
 from nbd_vmdk.extents.shared import Slots
 from nbd_vmdk.ondisk import cowd
 from nbd_vmdk.ondisk.cowd import CowdHeader
-from nbd_vmdk.ondisk.hosted import HostedHeader, check_directory
+from nbd_vmdk.ondisk.hosted import HostedHeader, check_directory, unpack_entries
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MIB, SECTOR, align_up
 
@@ -114,15 +113,16 @@ def reaches_past_end(storage: Storage, header: HostedHeader) -> bool:
     """
     check_directory(header, storage.size, storage.name)
     length = header.entries_per_table * 4
-    directory = _words(storage.read(header.directory_at, header.directory_entries * 4))
+    directory = unpack_entries(storage.read(header.directory_at, header.directory_entries * 4))
     if header.redundant_at is not None and 0 in directory:
-        directory = _completed(directory, _words(storage.read(header.redundant_at, len(directory) * 4)))
+        twin = unpack_entries(storage.read(header.redundant_at, len(directory) * 4))
+        directory = _completed(directory, twin)
     if max(directory, default=0) * SECTOR + length > storage.size:
         return True
     last = storage.size // SECTOR - header.grain_sectors
     empty = bytes(max(_READ, length))
     for _number, raw in _rows(storage, directory, length):
-        if raw != empty[: len(raw)] and max(_words(raw.tobytes())) > last:
+        if raw != empty[: len(raw)] and max(unpack_entries(raw.tobytes())) > last:
             return True
     return False
 
@@ -154,7 +154,7 @@ def _look(storage: Storage, layout: _Layout) -> None:
         raise _bad(storage, "the size of the grain directory", layout.entries, why)
     places: dict[str, array[int]] = {}
     for name, at in layout.directories.items():
-        entries = places[name] = _words(storage.read(at, layout.entries * 4))
+        entries = places[name] = unpack_entries(storage.read(at, layout.entries * 4))
         last = max(storage.size // SECTOR - layout.table, 0)
         if max(entries, default=0) > last:
             number = next(number for number, entry in enumerate(entries) if entry > last)
@@ -173,13 +173,6 @@ def _completed(directory: "array[int]", twin: "array[int]") -> "array[int]":
     if 0 not in directory:
         return directory
     return array("I", [entry or other for entry, other in zip(directory, twin, strict=True)])
-
-
-def _words(raw: bytes) -> "array[int]":
-    words = array("I", raw)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words
 
 
 def _bad(storage: Storage, field: str, value: int, why: str) -> BadField:
@@ -301,7 +294,7 @@ def _tables(storage: Storage, directory: "array[int]", length: int) -> "Iterator
         for at in range(0, len(raw), length):
             piece = raw[at : at + length]
             if piece != empty:
-                yield first + at // length, _words(piece.tobytes())
+                yield first + at // length, unpack_entries(piece.tobytes())
 
 
 def _rows(storage: Storage, directory: "array[int]", length: int) -> Iterator[tuple[int, memoryview]]:

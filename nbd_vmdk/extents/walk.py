@@ -3,7 +3,6 @@
 See salvage.py for what is made of it.
 """
 
-import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Final
 
 from nbd_vmdk.extents.salvaged import SalvagedTables
 from nbd_vmdk.extents.stream import LOST_ENTRY
-from nbd_vmdk.ondisk.hosted import HostedHeader
+from nbd_vmdk.ondisk.hosted import HostedHeader, unpack_entries
 from nbd_vmdk.ondisk.stream import GRAIN_MARKER, GrainRecord, MarkerType, MetadataRecord, parse_record
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import KIB, MIB, SECTOR, align_down, align_up
@@ -189,7 +188,4 @@ def read_table(storage: Storage, header: HostedHeader, sector: int) -> "array[in
     """The table at a place that the walk found; as much of it as is there."""
     at = sector * SECTOR
     length = min(header.entries_per_table * 4, max(storage.size - at, 0))
-    entries = array("I", storage.read(at, length - length % 4) if length >= 4 else b"")
-    if sys.byteorder == "big":
-        entries.byteswap()
-    return entries
+    return unpack_entries(storage.read(at, length - length % 4) if length >= 4 else b"")

@@ -6,6 +6,8 @@ streamOptimized exporters.
 """
 
 import struct
+import sys
+from array import array
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -224,6 +226,14 @@ def parse_header(data: bytes, file: str) -> HostedHeader:
     if descriptor_sector and not descriptor_sectors:
         raise refuse("descriptorSize", descriptor_sectors, "there is a descriptorOffset")
     return header
+
+
+def unpack_entries(raw: bytes) -> "array[int]":
+    """The entries of a table or a directory of 32-bit entries, hosted or COWD, as it stands on disk."""
+    entries = array("I", raw)
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return entries
 
 
 def check_directory(header: HostedHeader, size: int, file: str) -> None:

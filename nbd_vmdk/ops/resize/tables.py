@@ -15,7 +15,6 @@ Sources: the VMDK spec, sections "Hosted Sparse Extents" and "ESX Server Sparse 
 """
 
 import struct
-import sys
 from array import array
 from dataclasses import replace
 
@@ -245,10 +244,7 @@ def _clear_grain(storage: Storage, place: int, used: int, grain: int) -> bool:
 
 
 def _words(storage: Storage, at: int, count: int) -> "array[int]":
-    found = array("I", storage.read(at, count * 4))
-    if sys.byteorder == "big":
-        found.byteswap()
-    return found
+    return hosted.unpack_entries(storage.read(at, count * 4))
 
 
 def _patch(storage: Storage, fields: dict[int, int], form: str) -> None:
