@@ -149,8 +149,6 @@ class HostedExtent(WritableSparseExtent):
             # the other one.  The second place gets what the table holds now: were it empty, a crash between
             # the writes of the next commit would leave a directory that leads to nothing.
             self._create_table(number, self._tables.encode(table))
-            table = self._pin(number)
-            self._tables.dirty.add(number)
         return table
 
 
