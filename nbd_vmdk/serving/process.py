@@ -22,10 +22,10 @@ from nbd_vmdk.plugin.errorlog import REPEATED
 from nbd_vmdk.serving.handshake import Export
 from nbd_vmdk.serving.launch import find_nbdkit, nbdkit_command, nbdkit_environment
 
-#: A line longer than this is told in pieces.
+#: A line longer than this is told in pieces, but for one of numbers.
 _MAX_LINE = 1 << 16
 
-#: What the line with the last numbers of a plugin that counts begins with.
+#: What the line with the last numbers of a plugin that counts begins with; it is as long as it has exports.
 _STATS = "stats: "
 
 #: Lines held back at most.
@@ -212,7 +212,7 @@ class Nbdkit:
         pending = b""
         while chunk := await self._process.stdout.read(_MAX_LINE):
             *lines, pending = (pending + chunk).split(b"\n")
-            if len(pending) >= _MAX_LINE:
+            if len(pending) >= _MAX_LINE and not pending.startswith(_STATS.encode()):
                 lines.append(pending)
                 pending = b""
             for line in lines:
@@ -225,7 +225,10 @@ class Nbdkit:
         if not line or _REPEAT.fullmatch(line):
             return
         if line.startswith(_STATS):
-            self.stats = json.loads(line.removeprefix(_STATS))
+            try:
+                self.stats = json.loads(line.removeprefix(_STATS))
+            except ValueError:
+                pass  # it was killed while it told them
         elif self._held is None:
             self._tell(line)
         else:

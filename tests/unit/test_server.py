@@ -54,6 +54,8 @@ def after_fork():
     if "die" in seen:
         threading.Timer(float(seen["die"]), lambda: os._exit(7)).start()
 def cleanup():
+    if "numbers" in seen:
+        say("stats: [" + "0, " * int(seen["numbers"]) + seen["last"])
     if "mark" in seen:
         time.sleep(0.3)
         open_file(seen["mark"], "w").write("clean")
@@ -397,6 +399,20 @@ def test_a_talkative_server_never_blocks(plugin: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, logger="nbd_vmdk.serving.server"):
         run(main())
     assert sum(record.getMessage() == "x" * 999 for record in caplog.records) == 2000
+
+
+@pytest.mark.parametrize(("last", "told"), [("0]", [0] * 300_001), ("", None)])
+def test_the_numbers_of_many_exports_are_taken_whole_or_not(
+    plugin: Path, last: str, told: list[int] | None
+) -> None:
+    """They are one line, as long as it may be; who is killed in the middle of it leaves none."""
+
+    async def main() -> None:
+        made = await started(listen_private(), plugin, numbers=300_000, last=last)
+        await made.stop(timeout=10)
+        assert made.stats == told
+
+    run(main())
 
 
 def test_it_dies_with_its_parent(plugin: Path, tmp_path: Path) -> None:
