@@ -35,15 +35,16 @@ class Allocator:
     """Hands out the space behind the end of one file.
 
     ``grain`` is the unit in bytes that grains are aligned to; ``limit`` is the last byte at which a grain
-    may start, by the width of the table entries.
+    may start, by the width of the table entries; ``taken`` is where the last one ends, if the file ends
+    before it.
     """
 
-    def __init__(self, storage: Storage, grain: int, limit: int) -> None:
+    def __init__(self, storage: Storage, grain: int, limit: int, taken: int = 0) -> None:
         self._storage = storage
         self._grain = grain
         self._limit = limit
         self._lock = threading.Lock()
-        self._end = align_up(storage.size, grain)
+        self._end = align_up(max(storage.size, taken), grain)
         self._set_grown(storage.size)
         self._used = storage.size
         self._step = max(min(_STEP_GRAINS * grain, _MAX_STEP), grain)

@@ -74,7 +74,9 @@ class CowdExtent(WritableSparseExtent):
         if storage.writable:
             #: Where freeSector points, once something was handed out; before that it is left as it is.
             self._free_at = storage.size
-            allocator = Allocator(storage, grain, MAX_END - grain)
+            capacity = header.capacity_sectors * SECTOR
+            last = self._end_of_last(capacity, lambda: CowdTables(storage, header, Cache(0)))
+            allocator = Allocator(storage, grain, MAX_END - grain, last)
             self.enable_writing(places, allocator, unclean_at=UNCLEAN_AT, was_unclean=header.unclean)
 
     def _decode(self, entry: int, index: int) -> tuple[Kind, int]:

@@ -128,7 +128,8 @@ class HostedExtent(WritableSparseExtent):
             self.zero_entry = _ZERO_GRAIN
         self._warned = False
         if storage.writable:
-            allocator = Allocator(storage, header.grain, MAX_GRAIN_AT)
+            last = self._end_of_last(header.capacity, lambda: HostedTables(storage, header, Cache(0)))
+            allocator = Allocator(storage, header.grain, MAX_GRAIN_AT, last)
             self.enable_writing(places, allocator, unclean_at=UNCLEAN_AT, was_unclean=header.unclean)
 
     def _decode(self, entry: int, index: int) -> tuple[Kind, int]:

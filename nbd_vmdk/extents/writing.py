@@ -9,7 +9,7 @@ What is not done here: an entry is set in memory only; commit.py brings it to di
 
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from nbd_vmdk.alloc import Allocator
@@ -55,6 +55,23 @@ class WritableSparseExtent(SparseExtent, WritableExtent):
         self._announced = False
         self._announce_lock = threading.Lock()
         self.writable = True
+
+    def _end_of_last(self, capacity: int, look: Callable[[], GrainTables]) -> int:
+        """Where the last grain of ``capacity`` bytes ends, or would; 0 if there is none, or it is seen whole.
+
+        A writer may leave out of the file what the guest does not see.  Where grains do not begin at
+        multiples of their size that reaches to the place of the next one.  ``look`` gives tables for this
+        question alone, which keep nothing: what is asked later is looked up in the file as it is then.
+        """
+        index, rest = divmod(capacity, self.grain)
+        if not rest:
+            return 0
+        try:
+            table = look().tables.get(index // self._entries)
+        except VmdkError:
+            return 0  # whoever reads there is told
+        entry = 0 if table is None else table[index % self._entries]
+        return entry * SECTOR + self.grain if entry >= self._lowest else 0
 
     def _create_table(self, number: int, content: bytes = b"") -> None:
         """Give table ``number`` a place wherever a directory names none; its lock is held by the caller."""

@@ -12,7 +12,9 @@ import pytest
 from nbd_vmdk import open_disk
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.errors import StorageError
+from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.units import KIB, MIB, SECTOR
+from tests.images import cut
 from tests.images.content import Content
 from tests.images.desc import monolithic_sparse
 from tests.memory import MemoryStorage
@@ -83,6 +85,19 @@ def test_grains_that_nobody_got() -> None:
     assert allocator.take_grains(2) == first
     allocator.trim_tail()
     assert storage.size == allocator.end == second + 3 * GRAIN
+
+
+def test_the_place_of_a_grain_that_is_cut_off_is_its_own(tmp_path: Path) -> None:
+    """The last grain of the disk, without what the guest does not see, not at a multiple of its size."""
+    content = Content(MIB + 3 * SECTOR).put(MIB, b"last" * 384)
+    image = monolithic_sparse(str(tmp_path), "disk", content, grain_sectors=8, misalign=3)
+    cut(image.path, -5 * SECTOR)
+    for at in (0, 4096):
+        # A second time, too: two grains in one place would be refused.
+        with open_disk(image.path, writable=True) as disk:
+            disk.pwrite(b"new", at)
+            assert disk.pread(3 * SECTOR, MIB) == b"last" * 384
+    assert not [finding for finding in check_image(image.path).findings if finding.slug == "grains-overlap"]
 
 
 def test_no_two_are_given_the_same_space_and_the_file_has_it() -> None:

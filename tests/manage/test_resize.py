@@ -22,6 +22,8 @@ from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import GIB, KIB, MIB, SECTOR, TIB
+from tests.images import cut, desc
+from tests.images.content import Content
 from tests.manage import KINDS, faults, make
 from tests.snapshot import (
     by_qemu,
@@ -119,6 +121,19 @@ def test_growing_by_the_tail_that_a_grain_has_too_much(tmp_path: Path) -> None:
         file.write(b"\xff" * 4096)
     resize(path, 3 * MIB)
     assert shows(path)[2 * MIB :] == (b"\xff" * ODD).ljust(MIB, b"\0")
+
+
+def test_growing_behind_a_last_grain_that_is_cut_off(tmp_path: Path) -> None:
+    """What the guest did not see of it is not in the file, and new tables may not be put there."""
+    content = Content(2 * MIB + ODD).put(2 * MIB, b"\xff" * ODD)
+    image = desc.monolithic_sparse(str(tmp_path), "disk", content, grain_sectors=8, misalign=3)
+    cut(image.path, -5 * SECTOR)
+    path = Path(image.path)
+    resize(path, 20 * MIB)
+    with open_disk(path, writable=True) as disk:
+        disk.pwrite(b"\xee" * 5 * SECTOR, 2 * MIB + ODD)
+    assert shows(path)[2 * MIB :] == (b"\xff" * ODD + b"\xee" * 5 * SECTOR).ljust(18 * MIB, b"\0")
+    assert faults(path, "grain-misaligned") == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -234,11 +234,15 @@ def _clear(
 
 
 def _clear_grain(storage: Storage, place: int, used: int, grain: int) -> bool:
-    """Clear what is behind the first bytes of a grain; whether there was anything."""
-    length = min(place + grain, storage.size) - place - used
-    # Entries 0 and 1 are no places.
-    if place <= SECTOR or length <= 0 or is_zero(storage, place + used, length):
+    """Clear what is behind the first bytes of a grain, and have it whole; whether something changed."""
+    if place <= SECTOR:  # entries 0 and 1 are no places
         return False
+    size = storage.size
+    if size < place + grain:
+        storage.truncate(place + grain)  # nothing else may be put where it is to be
+    length = min(place + grain, size) - place - used
+    if length <= 0 or is_zero(storage, place + used, length):
+        return size < place + grain
     storage.zero(place + used, length)
     return True
 
