@@ -187,12 +187,18 @@ def listen_unix(
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            pass
         except OSError as error:
             raise StorageError.of(error, path, "connect") from error
         else:
             take_leave(probe)
             raise InUse(path, how="a server answers there", hint="name another socket, or stop that server")
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass  # another one has removed it meanwhile
+    except OSError as error:
+        raise StorageError.of(error, path, "remove what a dead server left") from error
     return _listen_unix(path, mode, number)
 
 

@@ -1,6 +1,7 @@
 """Starting, watching and ending nbdkit, with a small plugin in the place of the real one."""
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
@@ -152,6 +153,22 @@ def test_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     first.remove()
     assert path.exists()
     second.remove()
+    assert not path.exists()
+
+
+def test_a_stale_socket_that_may_not_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of another user in /tmp."""
+
+    def refuse(_path: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path = tmp_path / "s"
+    listen_unix(path).release()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refuse)
+        with pytest.raises(StorageError, match="remove what a dead server left: Operation not permitted"):
+            listen_unix(path)
+    listen_unix(path).remove()
     assert not path.exists()
 
 
