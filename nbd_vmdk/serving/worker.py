@@ -240,9 +240,13 @@ def _write_pidfile(path: str, pid: int) -> None:
     """Write the process ID; a reader never sees half of it."""
     try:
         handle, temporary = tempfile.mkstemp(prefix=".pid-", dir=os.path.dirname(path))
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{pid}\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{pid}\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         raise StorageError.of(error, path, "write the pidfile") from error

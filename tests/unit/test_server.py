@@ -331,14 +331,19 @@ def test_no_plugin_and_no_nbdkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run(silent())
 
 
-def test_pidfile_that_can_not_be_written(plugin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["no/pid", "folder"])
+def test_pidfile_that_can_not_be_written(plugin: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    there = set(tmp_path.iterdir())
+
     async def main() -> None:
-        made = Server(listen_private(), plugin, [], pidfile=tmp_path / "no" / "pid")
+        made = Server(listen_private(), plugin, [], pidfile=tmp_path / name)
         with pytest.raises(StorageError, match="write the pidfile"):
             await made.start()
         assert not alive(made.pid)
 
     run(main())
+    assert set(tmp_path.iterdir()) == there
 
 
 def test_death_is_noticed_and_told_once(plugin: Path) -> None:
