@@ -133,6 +133,9 @@ class Undo:
             raise StorageError.of(error, path, "open") from error
         try:
             self._read()
+        except OSError as error:
+            os.close(self._fd)
+            raise StorageError.of(error, path, "read") from error
         except BaseException:
             os.close(self._fd)
             raise

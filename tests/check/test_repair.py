@@ -250,6 +250,9 @@ def test_undo_needs_a_repair(tmp_path: Path) -> None:
     image = sparse(str(tmp_path))
     with pytest.raises(FileMissing):
         undo_repair(image.path)
+    os.mkdir(f"{image.path}.undo")
+    with pytest.raises(StorageError, match="read: Is a directory"):
+        undo_repair(image.path)
 
 
 def test_second_repair_needs_the_first_settled(tmp_path: Path) -> None:
