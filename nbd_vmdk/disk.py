@@ -326,8 +326,7 @@ class Disk:
     # Writing.
 
     def _check_writable(self, offset: int, length: int) -> None:
-        if offset < 0 or offset + length > self.size:
-            self._check(offset, length)
+        self._check(offset, length)
         if not self.writable:
             raise self.no_writing()
         self._committer.admit()

@@ -166,6 +166,9 @@ def test_a_buffer_is_written_by_its_bytes(tmp_path: Any) -> None:
 
 def test_requests_outside_the_disk(tmp_path: Any) -> None:
     with writable(hosted(tmp_path)) as disk:
+        for call in (disk.zero, disk.trim):
+            with pytest.raises(OutOfRange):
+                call(-GRAIN, MIB)
         for offset, length in ((2 * MIB, 1), (2 * MIB - 1, 2), (-1, 1), (0, 2 * MIB + 1), (1 << 62, 1)):
             for call in (disk.zero, disk.trim):
                 with pytest.raises(OutOfRange) as caught:
