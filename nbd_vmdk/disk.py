@@ -14,6 +14,7 @@ read_into, write_from and edges do not: who calls them does it when he tells of 
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from typing import Self
 
@@ -466,15 +467,14 @@ class Disk:
             if self._closed:
                 return
             self._closed = True
-        try:
+        with ExitStack() as closing:
+            for link in reversed(self.links):
+                closing.callback(link.close)
             self._committer.close()
             if self.writable:
                 self._committer.flush()
                 for extent in self._members:
                     extent.finish()
-        finally:
-            for link in self.links:
-                link.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ the next link (see disk.py).  Opening one is the opener's work.
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from nbd_vmdk.errors import WriteRefused
@@ -285,9 +286,10 @@ class Link:
         storage.sync()
 
     def close(self) -> None:
-        """Let go of all its files."""
-        for storage in self.storages:
-            storage.close()
+        """Let go of all its files, whatever one of them says."""
+        with ExitStack() as closing:
+            for storage in reversed(self.storages):
+                closing.callback(storage.close)
 
 
 def occupied(storages: Iterable[Storage]) -> int:

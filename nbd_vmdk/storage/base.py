@@ -121,4 +121,7 @@ class Storage(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it, locks included.  A second call does nothing."""
+        """Let go of it, locks included; StorageError if only now something turns out not to be written.
+
+        A second call does nothing.
+        """

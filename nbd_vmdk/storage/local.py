@@ -297,7 +297,11 @@ class LocalFile(Storage):
     def close(self) -> None:
         fd, self.fd = self.fd, _CLOSED
         if fd != _CLOSED:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:
+                # NFS may write only now, and find no room.  The descriptor is gone all the same.
+                raise StorageError.of(error, self.name, "close") from error
 
     def _too_far(self, doing: str) -> StorageError:
         return StorageError.of(OSError(errno.EFBIG, os.strerror(errno.EFBIG)), self.name, doing)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nbd_vmdk import create_image, open_disk
 from nbd_vmdk.errors import StorageError, Truncated, WriteRefused
 from nbd_vmdk.storage import local
 from nbd_vmdk.storage.base import Storage
@@ -381,6 +382,31 @@ def test_a_full_file_system_says_so() -> None:
     with pytest.raises(StorageError) as caught:
         storage.write(b"x", 0)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_what_closing_tells_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system writes only then, as NFS may; all else that is open is let go of."""
+    create_image(tmp_path / "disk.vmdk", 4 * MIB, kind="monolithicFlat")
+    disk = open_disk(tmp_path / "disk.vmdk", writable=True)
+    files = [file for file in disk.links[0].storages if isinstance(file, LocalFile)]
+    left = {file.fd for file in files}
+    assert len(left) == 2
+    close = os.close
+
+    def full(fd: int) -> None:
+        close(fd)
+        if fd in left:
+            left.remove(fd)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", full)
+        with pytest.raises(StorageError, match="close: Disk quota exceeded") as caught:
+            disk.close()
+    assert caught.value.errno == errno.ENOSPC
+    assert not left
+    for file in files:
+        file.close()
 
 
 def test_too_far_is_no_crash(tmp_path: Path) -> None:
