@@ -4,10 +4,13 @@ A living maker holds a lock on its own, and gives it the name by which it is rec
 was killed before that has left an empty folder, which is recognized by its age.
 """
 
+import errno
 import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from nbd_vmdk.storage.moving import identity_of, lstat
@@ -24,20 +27,17 @@ def sweep(folder: int, prefix: str) -> str | None:
     The name of one that must be kept, because it came between replacing one file and another; else None.
     """
     kept = None
-    try:
-        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                if os.fstat(fd).st_uid != os.geteuid() or not lock_folder(fd):
+    for name in _named(folder, prefix):
+        try:
+            with _own(folder, name) as fd:
+                if not lock_folder(fd):
                     continue
                 if _is_needed(folder, fd):
                     kept = name
                 else:
                     shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
-            finally:
-                os.close(fd)
-    except OSError:
-        pass  # what can't be tidied up is in nobody's way
+        except OSError:
+            pass  # what can't be tidied up is in nobody's way
     return kept
 
 
@@ -46,18 +46,33 @@ def sweep_empty(folder: int, prefix: str) -> None:
 
     These are empty, and not of just now: a living maker is about to lock his own.
     """
-    try:
-        for name in [name for name in os.listdir(folder) if name.startswith(prefix)]:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                found = os.fstat(fd)
-                is_old = time.time() - found.st_mtime > _YOUNG
-                if found.st_uid == os.geteuid() and is_old and not os.listdir(fd) and lock_folder(fd):
+    for name in _named(folder, prefix):
+        try:
+            with _own(folder, name) as fd:
+                is_old = time.time() - os.fstat(fd).st_mtime > _YOUNG
+                if is_old and not os.listdir(fd) and lock_folder(fd):
                     os.rmdir(name, dir_fd=folder)
-            finally:
-                os.close(fd)
+        except OSError:
+            pass  # as above
+
+
+def _named(folder: int, prefix: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if name.startswith(prefix)]
     except OSError:
-        pass  # what can't be tidied up is in nobody's way
+        return []  # a folder in which files may be made, and which may not be listed
+
+
+@contextmanager
+def _own(folder: int, name: str) -> Iterator[int]:
+    """Open one of this user's folders; PermissionError for another's, OSError for what is none."""
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _is_needed(folder: int, left: int) -> bool:

@@ -241,9 +241,18 @@ def test_what_was_left_before_it_had_its_name_is_removed(tmp_path: Path) -> None
     (full / "disk.vmdk").write_text("of a maker on a file system without locks")
     for path in (old, full, other):
         os.utime(path, (1, 1))
+    odd = odd_ones(tmp_path, ".disk.vmdk.tmp-")
     with NewFiles(tmp_path / "disk.vmdk"):
         pass
-    assert set(tmp_path.iterdir()) == {young, full, other}
+    assert set(tmp_path.iterdir()) == {young, full, other, *odd}
+
+
+def odd_ones(folder: Path, prefix: str) -> list[Path]:
+    """What can't be opened as a folder, as those of other users can't: names enough to be met first."""
+    made = [folder / f"{prefix}odd{number}" for number in range(20)]
+    for path in made:
+        path.write_text("")
+    return made
 
 
 def test_what_a_killed_run_left_is_removed_and_what_others_make_is_not(
@@ -254,6 +263,7 @@ def test_what_a_killed_run_left_is_removed_and_what_others_make_is_not(
     (dead / "disk.vmdk").write_text("half done")
     other = tmp_path / ".disk2.vmdk.new-dead"
     other.mkdir()
+    odd = {path.name for path in odd_ones(tmp_path, ".disk.vmdk.new-")}
     with NewFiles(tmp_path / "disk.vmdk") as first:
         assert not dead.exists()
         fill(first, disk="first")
@@ -263,7 +273,7 @@ def test_what_a_killed_run_left_is_removed_and_what_others_make_is_not(
             second.publish("disk.vmdk")
         with pytest.raises(FileExists):
             first.publish("disk.vmdk")
-    assert {path.name for path in tmp_path.iterdir()} == {"disk.vmdk", other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"disk.vmdk", other.name} | odd
     # Where folders can't be locked, nobody takes one for a dead run's.
     monkeypatch.setattr(newfiles, "lock_folder", lambda _: False)
     with NewFiles(tmp_path / "disk3.vmdk") as new:
