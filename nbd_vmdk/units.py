@@ -49,10 +49,11 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """``size`` for people: ``512 B``, ``1.5 GiB``; at most one decimal, as qemu-img shows it."""
+    """``size`` for people: ``512 B``, ``1.5 GiB``; three digits, as qemu-img shows it, four from 1000 on."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if value < 1024 or unit == "PiB":
             break
         value /= 1024
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.3g} {unit}"
+    # Of four digits before the point Python's "g" would make 1.02e+03.
+    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.3g} {unit}"
