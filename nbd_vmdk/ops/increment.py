@@ -302,8 +302,6 @@ def update(disk: Disk, depth: int, place: Place, work: Work) -> Copied:
         )
     if place.resize is None:
         place.check_size(disk.size)
-    elif place.size < disk.size:
-        place.resize(disk.size)
     threads, told = work.threads, work.progress
     changed = Changed(disk, depth, block=place.block)
     if work.verify:
@@ -313,6 +311,8 @@ def update(disk: Disk, depth: int, place: Place, work: Work) -> Copied:
         except Difference as error:
             error.hint = f"it does not hold the state of {since.name}; nothing was written"
             raise
+    if place.resize is not None and place.size < disk.size:
+        place.resize(disk.size)
     zero_grain = align_up(HOLE_GRAIN, place.block)
     copied = copy(changed, place.sink, zero_grain=zero_grain, threads=threads, progress=told)
     if place.resize is not None and place.size > disk.size:

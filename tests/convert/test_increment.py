@@ -303,6 +303,19 @@ def test_a_disk_that_grew(tmp_path: Path) -> None:
             convert(new.path, raw, since=1, onto=True)
 
 
+def test_a_target_with_another_state_does_not_grow(tmp_path: Path) -> None:
+    base = link(tmp_path, 0, "monolithicSparse", MIB)
+    written(base, (0, b"A" * MIB))
+    top = link(tmp_path, 1, "monolithicSparse", MIB)
+    resize(top, 2 * MIB)
+    written(top, (0, b"B"))
+    raw = tmp_path / "other.raw"
+    raw.write_bytes(b"C" * MIB)
+    with pytest.raises(Difference):
+        convert(top, raw, since=1, onto=True, work=VERIFY)
+    assert raw.read_bytes() == b"C" * MIB
+
+
 def test_what_was_read_last_is_not_behind_the_end(tmp_path: Path) -> None:
     """The grown part gets what the base had elsewhere: it is written all the same."""
     base = link(tmp_path, 0, "monolithicSparse", MIB)
