@@ -58,6 +58,8 @@ class Cache:
         #: The parts that have something in the young generation, and in the old one.
         self._young: set[Part] = set()
         self._old: set[Part] = set()
+        #: Values whose bytes belong to nobody, by id(): they live as long as the process.
+        self._shared: set[int] = set()
         self._lock = threading.Lock()
 
     def part(self) -> Part:
@@ -75,16 +77,21 @@ class Cache:
             with self._lock:
                 # It may have been dropped since, and a newer table may be in its place.
                 if part.old.get(key) is value:
-                    self._keep(part, key, value, _OVERHEAD + _bytes_of(value))
+                    self._keep(part, key, value, self._cost(value))
         return value
 
     def put(self, part: Part, key: int, value: Value, *, shared: bool) -> None:
         """See Part."""
-        cost = _OVERHEAD if shared else _OVERHEAD + _bytes_of(value)
+        if shared:
+            self._shared.add(id(value))
+        cost = self._cost(value)
         if cost > self._half:
             return  # it would push everything else out
         with self._lock:
             self._keep(part, key, value, cost)
+
+    def _cost(self, value: Value) -> int:
+        return _OVERHEAD if id(value) in self._shared else _OVERHEAD + _bytes_of(value)
 
     def _keep(self, part: Part, key: int, value: Value, cost: int) -> None:
         if key not in part.young:

@@ -78,6 +78,19 @@ def test_one_page_in_one_place(budget: int, seed: int) -> None:
     assert not pages.empty.count(1), "what stands for all pages of zeros was changed"
 
 
+def test_pages_of_zeros_stay_as_cheap_as_they_were() -> None:
+    """However often they are asked for: they are all one array."""
+    cache = Cache(20_000)
+    part = cache.part()
+    zeros = array("I", bytes(4096))
+    for page in range(40):
+        part.put(page, zeros, shared=True)
+    part.put(40, bytes(2_000))  # the generation is full, and ends
+    assert not part.young
+    for _ in range(3):
+        assert all(part.get(page) is zeros for page in range(40))
+
+
 def test_nothing_is_pinned_for_ever() -> None:
     storage = MemoryStorage(bytes(PAGES * PAGE))
     pages = pages_of(storage, Cache(1 << 20))
