@@ -15,7 +15,7 @@ from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
-from nbd_vmdk.look import embedded_text, find_owner, head_of
+from nbd_vmdk.look import embedded_text, find_owner, head_of, spellings
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import MAX_DESCRIPTOR, Descriptor, ExtentLine, last_component
 from nbd_vmdk.ondisk.probe import FileKind, identify
@@ -159,7 +159,9 @@ def _open_described(
         )
     own = None if header is None or header.is_wrapper else own_line(name, lines, header)
     if opening.writable:
-        written = {line.name for line in lines if line.access == "RW" and line.name}
+        # Two lines may name one file, each in its own way.
+        names = [line.name for line in lines if line.access == "RW" and line.name]
+        written = {spelling for spelled in names for spelling in spellings(spelled)}
         # This file is written if anything is: its descriptor gets a new content ID.
         opening.written = frozenset(written | {name} if written else ())
     has_parent = descriptor.has_parent or opening.options.parent is not None

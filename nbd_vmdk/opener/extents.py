@@ -61,7 +61,7 @@ def open_extent(opening: Opening, line: ExtentLine, own_name: str | None, file: 
     name = _resolve(opening, line, file)
     if line.type not in _RAW_TYPES:
         return open_sparse(opening, name, size=size, line=line)
-    storage = opening.open_for_writing(name) if line.name in opening.written else opening.open(name)
+    storage = opening.open_for_writing(name) if opening.is_written(name) else opening.open(name)
     start = line.offset_sectors * SECTOR
     if start + size > storage.size:
         raise Truncated(
@@ -127,14 +127,14 @@ def open_sparse(opening: Opening, name: str, *, size: int | None, line: ExtentLi
             hint="another file lies where that extent should: put the right one there, or get it again",
         )
     if kind is FileKind.COWD:
-        return _open_cowd(opening, name, storage, cowd.parse_header(head, storage.name), size, line)
+        return _open_cowd(opening, name, storage, cowd.parse_header(head, storage.name), size)
     if kind is FileKind.SESPARSE:
         constant = sesparse.parse_header(head, storage.name)
         volatile = storage.read(constant.volatile.at, SECTOR)
         sesparse.check_volatile(volatile, storage.name)
         size = _effective_size(storage, size, constant.capacity_sectors, constant.grain // SECTOR)
         return SeSparseExtent(storage, constant, opening.cache, size=size)
-    return _open_hosted(opening, name, storage, hosted.parse_header(head, storage.name), size, line)
+    return _open_hosted(opening, name, storage, hosted.parse_header(head, storage.name), size)
 
 
 def _open_hosted(
@@ -143,7 +143,6 @@ def _open_hosted(
     storage: Storage,
     header: hosted.HostedHeader,
     size: int | None,
-    line: ExtentLine | None,
 ) -> Extent:
     size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
     if header.compressed:
@@ -151,7 +150,7 @@ def _open_hosted(
             from nbd_vmdk.extents.salvage import SalvagedExtent  # seldom needed, and slow to import
 
             return SalvagedExtent(storage, header, opening.cache, size=size)
-        if opening.whole and opening.is_written(name, line) and is_new(storage, header):
+        if opening.whole and opening.is_written(name) and is_new(storage, header):
             storage = opening.open_for_writing(name)
             return NewStreamExtent(storage, header, opening.cache, size=size)
         return StreamExtent(storage, header, opening.cache, size=size)
@@ -161,7 +160,7 @@ def _open_hosted(
         )
     check_grain_area(header, storage)
     # Version 3 without compression is some tool's way to say that changes are tracked elsewhere.
-    if opening.is_written(name, line) and header.version < 3:
+    if opening.is_written(name) and header.version < 3:
         storage = opening.open_for_writing(name)
         grains = storage.size // header.grain + header.capacity // header.grain // _GRAINS_OF_NOTHING
         if header.unclean or grains <= _VETTED_GRAINS or reaches_past_end(storage, header):
@@ -182,10 +181,9 @@ def _open_cowd(
     storage: Storage,
     header: cowd.CowdHeader,
     size: int | None,
-    line: ExtentLine | None,
 ) -> Extent:
     size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
-    if opening.is_written(name, line) and header.version >= 1:
+    if opening.is_written(name) and header.version >= 1:
         storage = opening.open_for_writing(name)
         if header.suspect or storage.size <= _VETTED_GRAINS * header.grain_sectors * SECTOR:
             quick_check_cowd(storage, header)

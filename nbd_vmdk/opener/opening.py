@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import NotVmdk
-from nbd_vmdk.ondisk.descriptor import ExtentLine
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -20,7 +19,7 @@ class Opening:
     writable: bool
     warnings: list[str] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
-    #: Names that lines with access RW use: such a file is opened for writing before any extent holds it.
+    #: What lines with access RW may mean: such a file is opened for writing before any extent holds it.
     written: frozenset[str] = frozenset()
     #: The disk is one file without a parent, which may be appended to if it is compressed and empty.
     whole: bool = False
@@ -45,9 +44,9 @@ class Opening:
             raise NotVmdk(there.name, what="it was replaced while it was being opened", hint="do it again")
         return storage
 
-    def is_written(self, name: str, line: ExtentLine | None) -> bool:
-        """Whether the file ``name`` is to be opened for writing, being that of an extent line."""
-        return line is not None and not self.written.isdisjoint((name, line.name))
+    def is_written(self, name: str) -> bool:
+        """Whether the file ``name`` is to be opened for writing, because some line writes to it."""
+        return name in self.written
 
     def lock(self) -> list[str]:
         """Lock every file as it was opened, or only look for writers; what is worth a warning."""

@@ -110,6 +110,21 @@ def patchwork(folder: Any) -> Image:
     return desc.custom(str(folder), "top", rows)
 
 
+@pytest.mark.parametrize("foreign", ["RW", "RDONLY"])
+def test_two_names_of_one_file(tmp_path: Any, foreign: str) -> None:
+    """One as it was on another machine: the file is opened once, for writing, before an extent has it."""
+    old = noise(2 * GRAIN)
+    (tmp_path / "disk-flat.vmdk").write_bytes(old)
+    names = dict.fromkeys(("RDONLY", "RW"), "disk-flat.vmdk")
+    names[foreign] = "C:\\vm\\disk-flat.vmdk"
+    count = GRAIN // SECTOR
+    extents = [(access, count, "FLAT", name, at * count) for at, (access, name) in enumerate(names.items())]
+    (tmp_path / "disk.vmdk").write_bytes(desc.descriptor("custom", extents))
+    with open_disk(tmp_path / "disk.vmdk", writable=True) as disk:
+        disk.pwrite(b"new", GRAIN)
+        same(disk.pread(2 * GRAIN, 0), old[:GRAIN] + b"new" + old[GRAIN + 3 :])
+
+
 def test_ranges_that_cannot_be_written(tmp_path: Any) -> None:
     image = patchwork(tmp_path)
     rdonly, zero, noaccess, last = GRAIN, 2 * GRAIN, 3 * GRAIN, 4 * GRAIN
