@@ -27,6 +27,7 @@ ACCESS_WORDS: Final = frozenset({"RW", "RDONLY", "NOACCESS"})
 EXTENT_TYPES: Final = frozenset(
     {"FLAT", "SPARSE", "ZERO", "VMFS", "VMFSSPARSE", "SESPARSE", "VMFSRDM", "VMFSRAW", "VSANSPARSE"}
 )
+_RAW_TYPES: Final = frozenset({"FLAT", "VMFS", "VMFSRAW"})
 
 BOM: Final = b"\xef\xbb\xbf"
 TITLE: Final = re.compile(rb"#\s*disk\s*descriptor\s*file", re.IGNORECASE)
@@ -145,6 +146,11 @@ class ExtentLine:
     offset_sectors: int = 0
     extras: tuple[str, ...] = ()
     line: int = 0
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether its file, or a part of that, is a row of guest bytes, without any tables."""
+        return self.type in _RAW_TYPES
 
     @classmethod
     def parse(cls, text: str, line: int = 0) -> "ExtentLine":

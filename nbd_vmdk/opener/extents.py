@@ -27,7 +27,6 @@ from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import SECTOR, align_up
 
 _SPARSE_KINDS = (FileKind.HOSTED, FileKind.COWD, FileKind.SESPARSE)
-_RAW_TYPES = ("FLAT", "VMFS", "VMFSRAW")
 #: An extent with at most so many grains in its file (64 GiB, as everybody makes hosted ones; half a one in
 #: COWD) is vetted whenever it is opened for writing, in 50 ms; a larger one if it was not closed cleanly, or
 #: a hosted one if something in it names a place behind the end of the file.
@@ -59,7 +58,7 @@ def open_extent(opening: Opening, line: ExtentLine, own_name: str | None, file: 
             hint="let the ESXi host clone the disk into a file: vmkfstools -i",
         )
     name = _resolve(opening, line, file)
-    if line.type not in _RAW_TYPES:
+    if not line.is_raw:
         return open_sparse(opening, name, size=size, line=line)
     storage = opening.open_for_writing(name) if opening.is_written(name) else opening.open(name)
     start = line.offset_sectors * SECTOR

@@ -19,13 +19,7 @@ from nbd_vmdk.units import SECTOR, align_up
 #: Kinds of extent with tables, and what a descriptor calls them.
 SPARSE_KINDS: Final = {FileKind.HOSTED: "SPARSE", FileKind.COWD: "VMFSSPARSE", FileKind.SESPARSE: "SESPARSE"}
 NOT_OPEN: Final = "the image can't be opened"
-_RAW: Final = ("FLAT", "VMFS", "VMFSRAW")
 _SUFFIX: Final = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)\.vmdk$", re.IGNORECASE)
-
-
-def is_raw(line: ExtentLine) -> bool:
-    """Whether a line's file is a row of guest bytes, without any tables."""
-    return line.type in _RAW
 
 
 def report_missing(link: Subject, text: Text, folder: Folder, line: ExtentLine, start: int) -> None:
@@ -65,7 +59,7 @@ def _renamed(folder: Folder, descriptor: Descriptor, line: ExtentLine) -> Iterat
 
 def _can_be(storage: Storage, line: ExtentLine) -> bool:
     """Whether a file can be the extent of a line, by its size or its header."""
-    if is_raw(line):
+    if line.is_raw:
         return storage.size == (line.offset_sectors + line.sectors) * SECTOR
     head = head_of(storage)
     kind = identify(head)

@@ -17,7 +17,7 @@ from nbd_vmdk.opener import open_link, own_line
 from nbd_vmdk.ops.check.context import Context, Subject
 from nbd_vmdk.ops.check.descriptor import check_descriptor, report_lost
 from nbd_vmdk.ops.check.findings import ImageFile, Repair, Resize, Text
-from nbd_vmdk.ops.check.lines import NOT_OPEN, SPARSE_KINDS, check_size, is_raw, report_missing
+from nbd_vmdk.ops.check.lines import NOT_OPEN, SPARSE_KINDS, check_size, report_missing
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
@@ -219,7 +219,7 @@ class LinkCheck:
     def _extent(self, subject: Subject, text: Text, line: ExtentLine) -> None:
         """An extent whose file is there."""
         try:
-            if is_raw(line):
+            if line.is_raw:
                 self._flat(subject, line)
                 return
             head = head_of(subject.storage)

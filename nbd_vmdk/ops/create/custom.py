@@ -99,7 +99,7 @@ def _check_new(path: str, name: str, lines: Sequence[ExtentLine]) -> None:
 def _check_there(storage: Storage, line: ExtentLine) -> None:
     """Check that a file that is there holds what an extent line says of it."""
     need = (line.offset_sectors + line.sectors) * SECTOR
-    if line.type in (*_RAW, "VMFSRAW"):
+    if line.is_raw:
         if storage.size < need:
             raise Truncated(storage.name, what="the extent", need=need, have=storage.size)
         return
