@@ -23,6 +23,8 @@ from nbd_vmdk.units import SECTOR
 
 #: What is put behind a disk's name to name its extents.
 EXTENT_SUFFIX = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)(?=\.vmdk$)", re.IGNORECASE)
+#: The end of the names that VMware gives to the files of a snapshot.
+DELTA_NAME = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
 
 
 def head_of(storage: Storage) -> bytes:

@@ -5,8 +5,6 @@ last.  A file that is not the one to open (an extent of a split disk, a -flat) i
 one that is.  Every file that a descriptor names is opened through the folder's gate.
 """
 
-import re
-
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.errors import BadDescriptor, NotVmdk, Unsupported, VmdkError
 from nbd_vmdk.extents.cowd import CowdExtent
@@ -15,7 +13,7 @@ from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.extents.sesparse import SeSparseExtent
 from nbd_vmdk.extents.stream import StreamExtent
 from nbd_vmdk.link import DescriptorPlace, Link, LinkExtent
-from nbd_vmdk.look import embedded_text, find_owner, head_of, spellings
+from nbd_vmdk.look import DELTA_NAME, embedded_text, find_owner, head_of, spellings
 from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import MAX_DESCRIPTOR, Descriptor, ExtentLine, last_component
 from nbd_vmdk.ondisk.probe import FileKind, identify
@@ -29,8 +27,6 @@ from nbd_vmdk.storage.locks import check_vmware_lock
 from nbd_vmdk.units import SECTOR
 
 __all__ = ["open_link", "own_line"]
-
-_DELTA_NAME = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
 
 
 def open_link(folder: Folder, name: str, options: OpenOptions, cache: Cache, *, writable: bool) -> Link:
@@ -111,7 +107,7 @@ def _open_bare(opening: Opening, name: str, kind: FileKind) -> Link:
     if owner is not None:
         raise not_the_disk(opening.folder, storage, owner)
     # ESX kinds are only ever deltas; a hosted extent shows it by its name alone.
-    is_delta = kind is not FileKind.HOSTED or _DELTA_NAME.search(name) is not None
+    is_delta = kind is not FileKind.HOSTED or DELTA_NAME.search(name) is not None
     opening.warnings.append(
         f"{storage.name}: an extent without its descriptor, served read-only as it is"
         + ("; what it does not hold is in a parent that is not known (--parent FILE)" if is_delta else "")

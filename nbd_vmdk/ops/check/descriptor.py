@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from nbd_vmdk.errors import FileMissing, TrustError, VmdkError
-from nbd_vmdk.look import descriptors_in
+from nbd_vmdk.look import DELTA_NAME, descriptors_in
 from nbd_vmdk.ondisk.descriptor import (
     FRESH_CID,
     NO_PARENT,
@@ -14,6 +14,7 @@ from nbd_vmdk.ondisk.descriptor import (
     last_component,
     random_cid,
 )
+from nbd_vmdk.ondisk.descriptor_text import HEX32
 from nbd_vmdk.ondisk.hosted import MAX_DESCRIPTOR, HostedHeader
 from nbd_vmdk.ops.check.context import Subject
 from nbd_vmdk.ops.check.findings import Repair, Stage, Text
@@ -23,8 +24,6 @@ from nbd_vmdk.units import SECTOR
 _CID: Final = re.compile(rb"(?<![A-Za-z])CID\s*=\s*([0-9a-f]{1,8})", re.IGNORECASE)
 _PARENT_CID: Final = re.compile(rb"parentCID\s*=\s*([0-9a-f]{1,8})", re.IGNORECASE)
 _HINT: Final = re.compile(rb'parentFileNameHint\s*=\s*"([^"\0\r\n]+)"', re.IGNORECASE)
-_HEX32: Final = re.compile(r"[0-9a-fA-F]{32}")
-_DELTA: Final = re.compile(r"-\d{6}(?:-s\d{3,}|-delta|-sesparse)?\.vmdk$", re.IGNORECASE)
 _PIECE: Final = re.compile(r"-s\d{3,}\.vmdk$", re.IGNORECASE)
 
 
@@ -50,7 +49,7 @@ def _check_content_ids(subject: Subject, text: Text) -> None:
         return
     long_id = descriptor.long_content_id or ""
     # VMware's own libraries leave the end that a fresh disk has as it is.
-    if _HEX32.fullmatch(long_id) and int(long_id[-8:], 16) not in (cid, FRESH_CID):
+    if HEX32.fullmatch(long_id) and int(long_id[-8:], 16) not in (cid, FRESH_CID):
         whole = f"{long_id[:-8]}{cid:08x}"
         what = f"ddb.longContentID ends in {long_id[-8:]}, and the content ID is {cid:08x}"
         effect = "none for the guest; a product may take one for stale"
@@ -122,7 +121,7 @@ def _rebuilt(subject: Subject, header: HostedHeader, folder: Folder, name: str, 
     }
     words = {key: match[1].decode("latin-1") for key, match in found.items() if match}
     parent = int(words.get("parent", "ffffffff"), 16)
-    if parent == NO_PARENT and (_DELTA.search(name) or "hint" in words):
+    if parent == NO_PARENT and (DELTA_NAME.search(name) or "hint" in words):
         return "it is a snapshot's, and its parent is not known: the descriptor must be found"
     if parent != NO_PARENT and "hint" not in words:
         return (

@@ -1,12 +1,11 @@
 """An extent line against its file: is it there, and does its size agree."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
 from nbd_vmdk.errors import VmdkError
-from nbd_vmdk.look import head_of
+from nbd_vmdk.look import EXTENT_SUFFIX, head_of
 from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, last_component
 from nbd_vmdk.ondisk.hosted import parse_header
 from nbd_vmdk.ondisk.probe import FileKind, identify
@@ -19,7 +18,6 @@ from nbd_vmdk.units import SECTOR, align_up
 #: Kinds of extent with tables, and what a descriptor calls them.
 SPARSE_KINDS: Final = {FileKind.HOSTED: "SPARSE", FileKind.COWD: "VMFSSPARSE", FileKind.SESPARSE: "SESPARSE"}
 NOT_OPEN: Final = "the image can't be opened"
-_SUFFIX: Final = re.compile(r"(?:-[sf]\d{3,}|-flat|-delta|-sesparse)\.vmdk$", re.IGNORECASE)
 
 
 def report_missing(link: Subject, text: Text, folder: Folder, line: ExtentLine, start: int) -> None:
@@ -38,10 +36,10 @@ def report_missing(link: Subject, text: Text, folder: Folder, line: ExtentLine, 
 
 def _renamed(folder: Folder, descriptor: Descriptor, line: ExtentLine) -> Iterator[str]:
     """Files beside the descriptor that can be the extent and that no line names."""
-    suffix = _SUFFIX.search(line.name or "")
+    suffix = EXTENT_SUFFIX.search(line.name or "")
     known = {last_component(other.name) for other in descriptor.extents if other.name}
     for name in folder.names():
-        match = _SUFFIX.search(name)
+        match = EXTENT_SUFFIX.search(name)
         if suffix is None or match is None or match[0].lower() != suffix[0].lower() or name in known:
             continue
         try:
