@@ -30,6 +30,8 @@ KINDS = ("read", "write", "zero", "trim", "flush", "cache", "extents")
 STEPS = 25
 #: Seconds that one who asks may take to listen.
 _PATIENCE = 5.0
+#: Seconds until the next try when there are no descriptors for one who asks.
+_PAUSE = 0.1
 
 
 class Counters:
@@ -280,7 +282,10 @@ class Stats:
             try:
                 asker, _ = self._socket.accept()
             except OSError:
-                return  # closed
+                if self._socket.fileno() < 0:
+                    return  # closed
+                time.sleep(_PAUSE)
+                continue
             with asker:
                 try:
                     asker.settimeout(_PATIENCE)
