@@ -12,11 +12,12 @@ Clients are found by their sockets: connected ones whose own end has the address
 """
 
 import os
+import resource
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 #: The exit code of a process that was told to end, and could not close a disk cleanly.
@@ -26,6 +27,8 @@ CLOSE_FAILED = os.EX_IOERR
 _SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 #: Seconds between two looks for clients: one may have been accepted at the last moment.
 _AGAIN = 0.1
+#: Descriptors that are looked at where it can't be told which there are.
+_MOST = 1 << 16
 #: Seconds after which a client that does not take its replies is not waited for any more.
 _PATIENCE = 10.0
 
@@ -51,38 +54,45 @@ def _wait(shutdown: Callable[[], None]) -> None:
 
 def hang_up(how: int = socket.SHUT_RD) -> None:
     """End what can be received from every client of this process, or all traffic with it."""
-    opened = _sockets()
+    opened: list[socket.socket] = []
+    clients: list[tuple[socket.socket, tuple[int, Any]]] = []
+    here: set[tuple[int, Any]] = set()
     try:
-        here = {_address(one) for one in opened if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)}
-        for one in opened:
-            if _address(one) in here and not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        for fd in _descriptors():
+            try:
+                # Not a copy: where descriptors have run out there is none for that.
+                one = socket.socket(fileno=fd)
+            except OSError:
+                continue  # no socket, or closed meanwhile
+            opened.append(one)
+            try:
+                if one.type != socket.SOCK_STREAM:
+                    continue
+                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    here.add(_address(one))
+                else:
+                    clients.append((one, _address(one)))
+            except OSError:
+                pass  # closed meanwhile
+        for one, address in clients:
+            if address in here:
                 try:
                     one.shutdown(how)
                 except OSError:
                     pass  # gone meanwhile
     finally:
         for one in opened:
-            one.close()
+            one.detach()  # it is nbdkit's
 
 
-def _sockets() -> list[socket.socket]:
-    """All stream sockets of this process, each by a descriptor of its own."""
-    found = []
+def _descriptors() -> Iterable[int]:
+    """Numbers among which all descriptors of this process are."""
     try:
-        descriptors = os.listdir("/proc/self/fd")
+        return [int(fd) for fd in os.listdir("/proc/self/fd")]
     except OSError:
-        descriptors = []  # no /proc here: it stays at nbdkit's own way
-    for fd in descriptors:
-        try:
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                one = socket.socket(fileno=os.dup(int(fd)))
-                if one.type == socket.SOCK_STREAM:
-                    found.append(one)
-                else:
-                    one.close()
-        except OSError:
-            pass  # closed meanwhile
-    return found
+        # No descriptor is left to look with, so that nearly all numbers are in use; or there is no /proc.
+        most, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return range(_MOST if most == resource.RLIM_INFINITY else min(most, _MOST))
 
 
 def _address(one: socket.socket) -> tuple[int, Any]:

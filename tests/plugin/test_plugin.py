@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
@@ -516,6 +517,27 @@ def test_too_few_descriptors(serve: Serve, tmp_path: Any) -> None:
     assert done.returncode == 1
     assert "Too many open files" in done.stderr
     assert "hint: let it have more files open: ulimit -n" in done.stderr
+
+
+def test_it_ends_with_no_descriptor_left(serve: Serve, tmp_path: Any) -> None:
+    """Clients that are connected are found without one."""
+    limit = 60
+    server = serve(
+        hosted(tmp_path).path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+    )
+    disk = server.connect()
+    disk.pwrite(b"last", 0)
+    with ExitStack() as closing:
+        for _ in range(limit):
+            client = closing.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(server.socket)
+        wait_for(lambda: len(os.listdir(f"/proc/{server.pid}/fd")) == limit)
+        assert server.stop() == 0
+    assert "file descriptors" in server.errors
+    with open_disk(tmp_path / "top.vmdk") as after:
+        assert after.pread(4, 0) == b"last"
+        assert after.warnings == ()
 
 
 def test_parameters_reach_the_engine(serve: Serve, tmp_path: Any) -> None:
