@@ -42,7 +42,7 @@ def damaged_grains(rules: Rules, header: HostedHeader, tables: TableSet, used: i
     context = rules.subject.context
     context.expect(used * header.grain)
     faults: dict[int, str] = {}
-    workers = os.cpu_count() or 1
+    workers = len(os.sched_getaffinity(0))
     waiting: deque[Future[dict[int, str]]] = deque()
 
     def collect(most: int) -> None:
