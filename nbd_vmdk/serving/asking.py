@@ -80,6 +80,7 @@ def merged(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """
     if len(told) < 2:
         return told[0] if told else None
+    names = dict.fromkeys(name for each in told for name in each["exports"])
     return {
         "pid": told[0]["pid"],
         "started": min(each["started"] for each in told),
@@ -87,14 +88,19 @@ def merged(told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "connections": _sums([each["connections"] for each in told]),
         "cache": _sums([each["cache"] for each in told]),
         "exports": {
-            name: {
-                "size": export["size"],
-                "commits": sum(each["exports"][name]["commits"] for each in told),
-                "requests": _merged_requests([each["exports"][name]["requests"] for each in told]),
-            }
-            for name, export in told[0]["exports"].items()
+            name: _merged_exports([each["exports"][name] for each in told if name in each["exports"]])
+            for name in names
         },
         "workers": [{"pid": each["pid"], "connections": each["connections"]} for each in told],
+    }
+
+
+def _merged_exports(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One export of several workers; a worker that was started again may have left a broken disk out."""
+    return {
+        "size": parts[0]["size"],
+        "commits": sum(part["commits"] for part in parts),
+        "requests": _merged_requests([part["requests"] for part in parts]),
     }
 
 

@@ -312,6 +312,20 @@ def test_numbers_of_one_and_of_none() -> None:
     assert asking.merged([{"pid": 1}]) == {"pid": 1}
 
 
+def test_numbers_of_workers_that_serve_other_disks() -> None:
+    """One that was started again with --skip-broken leaves out what broke meanwhile."""
+
+    def worker(*names: str) -> dict[str, Any]:
+        exports = {name: {"size": len(name), "commits": 2, "requests": {}} for name in names}
+        common: dict[str, Any] = {"pid": 1, "started": 1, "uptime": 1, "connections": {}, "cache": {}}
+        return common | {"exports": exports}
+
+    told = asking.merged([worker("a", "bb"), worker("bb", "ccc")])
+    assert told is not None
+    found = {name: (export["size"], export["commits"]) for name, export in told["exports"].items()}
+    assert found == {"a": (1, 2), "bb": (2, 4), "ccc": (3, 2)}
+
+
 def test_what_a_killed_server_left_is_removed_by_the_next_one(disk: Path, tmp_path: Path) -> None:
     environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
     with served(disk, "-r", env=environment) as (_uri, living):
