@@ -113,7 +113,7 @@ class StreamWriter:
                         self._latest = number
                     if number not in self.tables:
                         self.tables[number] = array(_TYPECODE, bytes(4 * self._header.entries_per_table))
-                    self.tables[number][slot] = at // SECTOR
+                    self.tables[number][slot] = self._sector(at)
                     self._changed.add(number)
                     entered.append((self.tables[number], slot))
                     pieces.append(record.data)
@@ -128,18 +128,24 @@ class StreamWriter:
     def _put(self, data: bytes) -> None:
         """Write at the end, which then is behind it."""
         end = self.end + len(data)
-        if end // SECTOR > MAX_ENTRY:
-            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            raise StorageError.of(error, self._storage.name, "make a streamOptimized file of 2 TiB or more")
+        self._sector(end)
         self._storage.write(data, self.end)
         self.end = end
+
+    def _sector(self, at: int) -> int:
+        """The sector of byte ``at``, as tables and directory name it; StorageError beyond what they can."""
+        sector = at // SECTOR
+        if sector > MAX_ENTRY:
+            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            raise StorageError.of(error, self._storage.name, "make a streamOptimized file of 2 TiB or more")
+        return sector
 
     def _changed_tables(self, at: int) -> bytes:
         """The tables that differ from the file, to be put at byte ``at``, where the directory finds them."""
         pieces = []
         for number in sorted(self._changed):
             data = table_record(self.tables[number])
-            self._directory[number] = at // SECTOR + 1  # behind the marker
+            self._directory[number] = self._sector(at + SECTOR)  # behind the marker
             pieces.append(data)
             at += len(data)
         self._changed.clear()

@@ -143,3 +143,15 @@ def test_a_file_of_2_tib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = Content.random(MIB, 1, density=1).read()
     with pytest.raises(StorageError, match="2 TiB"):
         writer.append(writer.records(memoryview(noise), 0))
+
+
+def test_tables_behind_2_tib_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grains that can be named are no use in a file whose tables can't."""
+    storage = MemoryStorage()
+    writer = StreamWriter(storage, stream_header(10 * MIB // SECTOR), in_order=True)
+    writer.append(writer.records(memoryview(Content.random(MIB, 1, density=1).read()), 0))
+    end = writer.end
+    monkeypatch.setattr(streamwriter, "MAX_ENTRY", end // SECTOR)
+    with pytest.raises(StorageError, match="2 TiB"):
+        writer.finish()
+    assert storage.size == writer.end == end
