@@ -131,3 +131,21 @@ def unreadable(disk: Disk, offset: int, length: int) -> VmdkError:
         disk.pread(length, offset)
     assert caught.value.errno == 5
     return caught.value
+
+
+def long_way(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note what is not read at once, as (offset, length), of disks that are opened from now on."""
+    asked: list[tuple[int, int]] = []
+    original = Disk._read_mapped
+
+    def noting(self: Disk, buf: memoryview, offset: int) -> None:
+        asked.append((offset, len(buf)))
+        original(self, buf, offset)
+
+    monkeypatch.setattr(Disk, "_read_mapped", noting)
+    return asked
+
+
+def outside(size: int, grain: int) -> tuple[int, ...]:
+    """Offsets at which a disk has not even a sector."""
+    return -1, -SECTOR, -size, size - 1, size, size + grain, 1 << 62, 1 << 70

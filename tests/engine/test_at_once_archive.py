@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nbd_vmdk import Disk, open_disk
+from nbd_vmdk import open_disk
 from nbd_vmdk.errors import StorageError, Truncated
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.window import Window, local_file
-from tests.engine import same
+from tests.engine import long_way, same
 from tests.images import desc, peek, poke
 from tests.images.content import KIB, MIB, SECTOR, Content
 from tests.images.desc import Image
@@ -44,19 +44,6 @@ def packed(folder: Path, image: Image) -> tuple[str, dict[str, tuple[int, int]]]
     return path, write_tar(path, [("before", AROUND), *files, ("behind", AROUND)])
 
 
-def long_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note whatever is not read at once of disks that are opened from now on."""
-    offsets: list[int] = []
-    original = Disk._read_mapped
-
-    def noting(self: Disk, buf: memoryview, offset: int) -> None:
-        offsets.append(offset)
-        original(self, buf, offset)
-
-    monkeypatch.setattr(Disk, "_read_mapped", noting)
-    return offsets
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     image = KINDS[kind](str(tmp_path), "disk")
@@ -72,7 +59,7 @@ def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -
         for offset, length in ranges:
             same(disk.pread(length, offset), image.visible.read(offset, length), offset)
         # There is no layout of the last grain, which the disk's end cuts short.
-        assert all(kind == "stream of noise" and offset >= disk.size - 7 * SECTOR for offset in asked)
+        assert all(kind == "stream of noise" and offset >= disk.size - 7 * SECTOR for offset, _ in asked)
         same(disk.pread(disk.size, 0), image.visible.read(0, disk.size))
 
 

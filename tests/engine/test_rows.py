@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbd_vmdk import Disk, open_disk
+from nbd_vmdk import open_disk
 from nbd_vmdk.errors import VmdkError
 from nbd_vmdk.extents.base import Reader
 from nbd_vmdk.extents.rows import MOST, is_row
-from tests.engine import same
+from tests.engine import long_way, same
 from tests.images import desc, poke
 from tests.images.content import KIB, MIB, SECTOR, Content
 
@@ -124,14 +124,7 @@ def test_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -
     content = Content.of(random.Random(2).randbytes(5 * MIB + 3 * SECTOR))
     image = KINDS[kind](str(tmp_path), content)
     table = 2 * MIB
-    asked: list[tuple[int, int]] = []
-    original = Disk._read_mapped
-
-    def noting(self: Disk, buf: memoryview, offset: int) -> None:
-        asked.append((offset, len(buf)))
-        original(self, buf, offset)
-
-    monkeypatch.setattr(Disk, "_read_mapped", noting)
+    asked = long_way(monkeypatch)
     with open_disk(image.path) as disk:
         extent = disk.links[0].extents[0].extent
         assert extent.map(0, 3 * table)[1] == table  # and not a piece of it
