@@ -33,7 +33,6 @@ all they name is durable.
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Protocol
 
 from nbd_vmdk.errors import Latched, StorageError, VmdkError
@@ -50,8 +49,6 @@ _MAX_AGE = 5.0
 #: extents of the link together; an extent has its share, but at least a few tables.
 MAX_PINNED = 16 * MIB
 _MIN_SHARE = 64 * KIB
-
-_dirty_of, _freed_of, _touched_of = attrgetter("dirty"), attrgetter("freed"), attrgetter("touched")
 
 
 class Member(Protocol):
@@ -165,30 +162,38 @@ class Committer:
 
     def flush(self) -> None:
         """Return when all writes that ended before this call are durable; raise what went wrong."""
-        if self._latched is not None:
-            self.check()
         begun = self._begun
         with self._turn:
             # Whoever has his turn first of those that waited has committed for all of them.
             if self._done > begun:
                 return
+            if self._latched is not None:
+                self.check()
             self._begun += 1
             self._commit()
             self._done = self._begun
 
     def _commit(self) -> None:
-        if self._latched is not None:
-            self.check()
         self.admits = True
-        # A split disk has thousands of tables and members, and each flush looks at all of them.
-        if any(map(_dirty_of, self._tables)) or any(map(_freed_of, self._members)):
+        # A split disk has thousands of tables and members, and each flush looks at all of them.  Where there
+        # is one, and guest data alone was written, that look is most of what a flush costs beside the sync.
+        for pages in self._tables:
+            if pages.dirty:
+                self._commit_changes()
+                return
+        touched = []
+        for member in self._members:
+            if member.freed:
+                self._commit_changes()
+                return
+            if member.touched:
+                touched.append(member)
+        if touched:
             self.commits += 1
-            self._commit_changes()
-        elif any(map(_touched_of, self._members)):
-            self.commits += 1
-            self._sync_data()
+            self._sync_data(touched)
 
     def _commit_changes(self) -> None:
+        self.commits += 1
         # 1. copy; freed grains are listed first, so that each one's entry is among the copies
         for member in self._members:
             if freed := member.take_freed():
@@ -202,7 +207,7 @@ class Committer:
                     # 2. announce
                     member.announce()
             # 3. sync
-            self._sync_data()
+            self._sync_data([member for member in self._members if member.touched])
             # 4. write
             written = [self._write_tables(pages, dirty) for pages, dirty in taken]
             # 5. sync
@@ -236,15 +241,14 @@ class Committer:
                 found = found or bool(dirty)
         return found
 
-    def _sync_data(self) -> None:
-        """Make durable what was written to the members, and the new content ID with the first of it."""
-        touched = list(filter(_touched_of, self._members))
+    def _sync_data(self, touched: list[Member]) -> None:
+        """Make durable what was written to members, and the new content ID with the first of it."""
+        storages = []
         # Where a failed write alone has left grains to be freed nothing has changed that a child must notice.
-        described_in = self._announce() if touched and not self._described else None
-        storages = [member.storage for member in touched]
-        if described_in is not None:
-            storages.insert(0, described_in)
+        if touched and not self._described and (described_in := self._announce()) is not None:
+            storages.append(described_in)
         for member in touched:
+            storages.append(member.storage)
             member.touched = False  # before the sync: a write during it sets it again
         try:
             self._sync(storages)

@@ -53,9 +53,12 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
             with patch.object(CowdExtent, "announce", _without_free_sector):
                 flag()
 
+        def data() -> None:
+            self._sync_data([member for member in self._members if member.touched])
+
         def data_without_cid() -> None:
             with patch.object(self, "_announce", lambda: None):
-                self._sync_data()
+                data()
 
         def release() -> None:
             self.releases += 1
@@ -68,7 +71,7 @@ def _commit_in(order: str) -> Callable[[Committer], None]:
             "flags-alone": flags_alone,
             "take": take,
             "take-and-flag": take_and_flag,
-            "data": self._sync_data,
+            "data": data,
             "data-without-cid": data_without_cid,
             "write": write,
             "sync": lambda: self._sync(written),
