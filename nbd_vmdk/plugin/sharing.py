@@ -16,8 +16,10 @@ import os
 import socket
 import threading
 import time
+from contextlib import closing
 
 from nbd_vmdk.errors import StorageError
+from nbd_vmdk.plugin.connections import sockets
 
 #: The descriptor of a socket that nbdkit inherits (sd_listen_fds(3)).
 _INHERITED = 3
@@ -58,15 +60,16 @@ class Turns:
         if self._guest is None:
             return
         client, name = self._guest
-        for each in os.listdir("/proc/self/fd"):
-            try:
-                if os.readlink(f"/proc/self/fd/{each}").startswith("socket:") and _peer(int(each)) == name:
-                    os.dup2(client.fileno(), int(each), inheritable=False)
-                    self._guest = None
-                    self._seated.set()
-                    return
-            except OSError:
-                pass  # closed meanwhile, or not connected
+        with closing(sockets()) as found:
+            for fd, one in found:
+                try:
+                    if one.family == socket.AF_UNIX and one.getpeername() == name:
+                        os.dup2(client.fileno(), fd, inheritable=False)
+                        self._guest = None
+                        self._seated.set()
+                        return
+                except OSError:
+                    pass  # not connected
 
     def _take(self) -> None:
         while True:
@@ -87,9 +90,3 @@ class Turns:
         call.connect(self._path)
         self._seated.wait(_PATIENCE)
         self._guest = None
-
-
-def _peer(fd: int) -> str | bytes | None:
-    """The name of the unix socket at the other end."""
-    with socket.socket(fileno=os.dup(fd)) as one:
-        return one.getpeername() if one.family == socket.AF_UNIX and one.type == socket.SOCK_STREAM else None
