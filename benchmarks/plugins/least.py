@@ -2,7 +2,8 @@
 
 There is nothing to look up, to keep or to put in order.  So what separates this from nbdkit's own file
 plugin, which is C, is what Python costs any plugin; and what separates ours from this is what a VMDK costs.
-As ours, it keeps the Python state of nbdkit's threads between requests: without that it would be slower.
+As ours, it keeps the Python state of nbdkit's threads between requests, and gives replies room in their
+sockets: without that it would be slower.
 """
 
 import os
@@ -14,6 +15,7 @@ import nbdkit
 # Nothing that is installed is needed, only the checkout.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
 
+from nbd_vmdk.plugin.connections import make_room
 from nbd_vmdk.plugin.threadstates import KeptStates
 
 API_VERSION = 2
@@ -37,6 +39,11 @@ def config(key: str, value: str) -> None:
 def thread_model() -> int:
     """Let requests run in parallel, as ours do."""
     return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def preconnect(readonly: bool) -> None:  # noqa: ARG001
+    """As ours."""
+    make_room()
 
 
 def open(readonly: bool) -> Connection:

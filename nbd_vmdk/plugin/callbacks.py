@@ -23,6 +23,7 @@ from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, VmdkError, printable
 from nbd_vmdk.plugin import aborting, ending
+from nbd_vmdk.plugin.connections import make_room
 from nbd_vmdk.plugin.descriptors import warn_of_few
 from nbd_vmdk.plugin.errorlog import ErrorLog
 from nbd_vmdk.plugin.exports import Exports, describe, open_exports
@@ -265,6 +266,7 @@ def preconnect(readonly: bool) -> None:  # noqa: ARG001
     """Let the client in, before nbdkit says a word."""
     if _plugin.turns is not None:
         _plugin.turns.seat()
+    make_room()
 
 
 def open(readonly: bool) -> Handle:

@@ -1,9 +1,24 @@
-"""nbdkit's sockets, of which it tells its plugins nothing."""
+"""nbdkit's connections, of whose sockets it tells its plugins nothing; and room in them for replies.
+
+What was sent through a unix socket and not read yet counts against the sender's buffer, 208 KiB if nobody
+asks for more.  That is three replies of 64 KiB: with more requests in flight than that nbdkit waits in send
+for the client, and goes on only when that has woken up and caught up, where both have a processor.  So each
+gets a larger one.  TCP sizes its buffers itself, better than anybody who sets them.
+"""
 
 import os
 import socket
 import stat
 from collections.abc import Generator
+from contextlib import closing
+from typing import Final
+
+from nbd_vmdk.units import MIB
+
+#: Bytes that may be on their way to a client.  More made nothing faster, and the kernel may come to hold
+#: twice as much for each connection.  Linux grants what net.core.wmem_max allows, on most hosts 208 KiB, and
+#: that doubled, see socket(7).
+_ROOM: Final = MIB
 
 
 def sockets() -> Generator[tuple[int, socket.socket], None, None]:
@@ -18,3 +33,16 @@ def sockets() -> Generator[tuple[int, socket.socket], None, None]:
             continue  # closed meanwhile
         with copy:
             yield fd, copy
+
+
+def make_room() -> None:
+    """Give unix sockets room for replies; all are looked at, as nobody says which one is new."""
+    try:
+        with closing(sockets()) as found:
+            for _fd, one in found:
+                if one.family == socket.AF_UNIX:
+                    had = one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+                    if had < _ROOM:
+                        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+    except OSError:
+        pass  # it works as it is
