@@ -45,6 +45,8 @@ _AREAS: Final = (
     "backMap",
     "grain",
 )
+#: Those that reading needs.
+_READ: Final = frozenset({"volatileHeader", "grainDirectory", "grainTables", "grain"})
 _VOLATILE: Final = struct.Struct("<4Q")
 TABLE_TAG: Final = 0x10000000
 _TABLE_SECTORS: Final = 64
@@ -126,7 +128,30 @@ def parse_header(data: bytes, file: str) -> SeSparseHeader:
         raise refuse(
             "grainDirectorySize", header.directory.length // SECTOR, f"too small for {capacity} sectors"
         )
+    areas["volatileHeader"] = Area(header.volatile.at, SECTOR)  # all of it that is ever read
+    met = _met(areas)
+    if met is not None:
+        one, other = met
+        raise refuse(f"{other}Offset", areas[other].at // SECTOR, f"the area would lie over {one}")
     return header
+
+
+def _met(areas: dict[str, Area]) -> tuple[str, str] | None:
+    """The first two areas of which one lies over the other, and one at least is of use for reading.
+
+    Text of a journal taken for a directory would be holes, and show the parent's data.  Those that nobody
+    reads may lie as they please.
+    """
+    reached = {True: (SECTOR, "the header"), False: (SECTOR, "the header")}
+    for at, length, name in sorted((area.at, area.length, name) for name, area in areas.items()):
+        if not length:
+            continue
+        is_read = name in _READ
+        end, before = max(reached[True], reached[False]) if is_read else reached[True]
+        if at < end:
+            return before, name
+        reached[is_read] = max(reached[is_read], (at + length, name))
+    return None
 
 
 def areas_of(data: bytes) -> dict[str, Area]:

@@ -608,7 +608,7 @@ def test_sesparse_areas_that_can_not_be(tmp_path: Path, field: int) -> None:
     poke(image.files[1], field, struct.pack("<Q", 2**63))
     refused(image.path, FormatError)
     poke(image.files[1], field, struct.pack("<Q", 2**40))
-    if field in (136, 152, 200):  # sizes may be as large as they like
+    if field == 200:  # what is last may be as large as it likes
         shows(image)
         return
     try:
@@ -617,6 +617,38 @@ def test_sesparse_areas_that_can_not_be(tmp_path: Path, field: int) -> None:
         return
     with disk:
         unreadable(disk, 0, disk.size)
+
+
+@pytest.mark.parametrize(
+    ("field", "sector", "name"),
+    [
+        (80, 0x1000, "grainDirectory"),  # volatile header
+        (104, 0xFFF, "grainDirectory"),
+        (112, 0x1001, "journal"),
+        (128, 2, "grainDirectory"),  # zeros of the journal there would be holes
+        (128, 0x2800, "backMap"),
+        (136, 0x801, "grainTables"),
+        (144, 0x1001, "grainTables"),
+        (144, 1, "grainTables"),
+        (160, 1, "freeBitmap"),
+        (160, 0x3000, "grain"),
+        (192, 0x2000, "grain"),
+        (192, 0x2FFF, "grain"),
+    ],
+)
+def test_sesparse_areas_that_overlap(tmp_path: Path, field: int, sector: int, name: str) -> None:
+    """A directory that is read from where another area is would say that nothing is there."""
+    image = desc.se_sparse(str(tmp_path), "disk", ODD)
+    poke(image.files[1], field, struct.pack("<Q", sector))
+    assert name in str(refused(image.path, BadField))
+
+
+@pytest.mark.parametrize(("field", "sectors"), [(96, 3), (104, 0xFFE), (168, 0), (184, 0), (176, 0x2000)])
+def test_sesparse_areas_that_nobody_reads(tmp_path: Path, field: int, sectors: int) -> None:
+    """Journal, bitmap and back map may be empty, or lie over each other."""
+    image = desc.se_sparse(str(tmp_path), "disk", ODD)
+    poke(image.files[1], field, struct.pack("<Q", sectors))
+    shows(image)
 
 
 def test_sesparse_that_is_cut_off(tmp_path: Path) -> None:
