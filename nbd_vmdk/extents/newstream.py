@@ -45,12 +45,18 @@ _SKIPPED: Final = metadata_record(MarkerType.PROGRESS)
 
 
 def is_new(storage: Storage, header: HostedHeader) -> bool:
-    """Whether a compressed extent has VMware's layout and no grain yet."""
+    """Whether a compressed extent has VMware's layout and no grain yet.
+
+    Then its directory is where the first grain will be, behind its marker.  One elsewhere that is all zeros
+    proves nothing: the footer may be damaged, and point to any zeros of a file full of grains.
+    """
     if not (header.directory_at_end and header.markers):
         return False
     try:
         _found, real = with_directory(storage, header)
         check_directory(real, storage.size, storage.name)
+        if real.directory_sector != header.overhead_sectors + 1:
+            return False
         return not any(storage.read(real.directory_at, real.directory_entries * 4))
     except VmdkError:
         return False  # opening it for reading tells what is wrong

@@ -19,7 +19,13 @@ from nbd_vmdk.extents.hosted import HostedTables
 from nbd_vmdk.extents.sparse import SparseExtent
 from nbd_vmdk.extents.stored import layout_of, read_stored, span
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
-from nbd_vmdk.ondisk.stream import FOOTER_LENGTH, GRAIN_MARKER, footer_header_offset
+from nbd_vmdk.ondisk.stream import (
+    FOOTER_LENGTH,
+    GRAIN_MARKER,
+    GrainRecord,
+    footer_header_offset,
+    parse_record,
+)
 from nbd_vmdk.pages import Pages
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.window import local_file
@@ -240,6 +246,7 @@ class StreamExtent(SparseExtent):
             error.hint = _SALVAGE_HINT
             raise
         self._setup(storage, header, places.tables, places.empty_from, size)
+        self._check_first(places)
         if not has_footer:
             self._check_tail(places)
 
@@ -291,6 +298,32 @@ class StreamExtent(SparseExtent):
         while slot < last and self._decode(table[slot], 0)[0] is kind:
             slot += 1
         return (slot - first) * self.grain
+
+    def _check_first(self, places: HostedTables) -> None:
+        """Refuse a directory that knows no grain at all of a file that begins with one.
+
+        Its place, in header or footer, is then damaged and names some zeros of the file.  The directory of an
+        empty disk is where the first grain will be: what lies there was written by who did not come to an
+        end.  Raises BadField.
+        """
+        header = self.header
+        at = header.overhead_sectors * SECTOR
+        if at in (0, header.directory_at - SECTOR) or at > self.storage.size - SECTOR:
+            return
+        record = parse_record(self.storage.read(at, SECTOR), header)
+        if not isinstance(record, GrainRecord):
+            return
+        tables = header.directory_entries
+        number = record.sector // header.grain_sectors // header.entries_per_table
+        if not places.empty_from(number, 1) or places.empty_from(0, tables) < tables:
+            return
+        raise BadField(
+            self.storage.name,
+            field="gdOffset",
+            value=header.directory_sector,
+            why="the directory there knows no grain, and the file has some",
+            hint=_SALVAGE_HINT,
+        )
 
     def _check_tail(self, places: HostedTables) -> None:
         """Refuse a file without footer whose last grain is cut off.

@@ -300,6 +300,44 @@ def test_a_footer_of_something_else(tmp_path: Path, field: str, value: int) -> N
     shows(image, salvage=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_directory_among_zeros(tmp_path: Path, layout: str) -> None:
+    """A directory that is read from the padding of the descriptor would say that the disk is empty.
+
+    QEMU's files have a second one.  No file with grains may be taken for a new one, to be written to.
+    """
+    content = Content.random(3 * MIB, seed=3)
+    image = made(tmp_path, content, layout=layout)
+    footer = image.stream().footer_sector
+    poke(image.path, (footer or 0) * SECTOR + 56, struct.pack("<Q", 15))
+    before = Path(image.path).read_bytes()
+    if layout == "C":
+        shows(image)
+        return
+    for writable in (False, True):
+        with pytest.raises(BadField, match="gdOffset") as caught:
+            open_disk(image.path, writable=writable)
+        assert "--salvage" in str(caught.value.hint)
+    assert Path(image.path).read_bytes() == before
+    if layout != "B":  # without markers before its tables what no record tells of is lost
+        shows(image, salvage=True)
+
+
+def test_a_directory_of_zeros_is_that_of_a_new_disk_only_in_its_place(tmp_path: Path) -> None:
+    """Grains that no footer bears out are cut off by a crash; what a new disk says of itself is then true."""
+    image = made(tmp_path, Content(3 * MIB))
+    extent = image.stream()
+    with open_disk(image.path, writable=True) as disk:
+        assert disk.writable
+    # The first grain, of which only the beginning came to the disk, before the first flush.
+    start = extent.header.overhead * SECTOR
+    record = struct.pack("<QI", 0, 400) + b"x" * 400
+    poke(image.path, start, record)
+    with open_disk(image.path, writable=True) as disk:
+        assert disk.writable
+        assert not any(disk.pread(disk.size, 0))
+
+
 def test_a_footer_overrides_the_first_header(tmp_path: Path) -> None:
     image = made(tmp_path, layout="mixed")
     poke(image.path, 56, struct.pack("<Q", 5))

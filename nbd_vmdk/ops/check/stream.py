@@ -57,11 +57,17 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
     footer = _read_footer(subject, header)
     known = footer.header or header
     records = Records(subject, replace(known, directory_sector=header.directory_sector))
+    if footer.wrong is None and footer.header is not None and _knows_nothing(subject, footer.header, records):
+        sector = footer.header.directory_sector
+        wrong = f"gdOffset is {sector:#x}, where a directory knows no grain, and the file has some"
+        footer = _without_footer(subject, header, wrong, footer.at)
     if footer.wrong is not None:
         if footer.header is not None and not records.agree(_directory(subject, footer.header)):
             # What spoiled the footer has spoiled the directory, too: its holes are none.
             footer.header = footer.tail = None
-        slug = "footer-damaged" if footer.at else "footer-lost"
+        slug = (
+            "footer-damaged" if footer.at else "footer-lost" if header.directory_at_end else "directory-entry"
+        )
         repair = footer.tail or footer.why or records.rebuild() or f"grains are lost: {_SALVAGE}"
         subject.error(slug, footer.wrong, _NO_TABLES, repair, at=footer.at or None)
     if footer.header is None:
@@ -69,6 +75,21 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
         return
     _check_tables(subject, footer, records)
     _check_end(subject, footer)
+
+
+def _knows_nothing(subject: Subject, header: HostedHeader, records: Records) -> bool:
+    """Whether what is taken for the directory is nothing but zeros, in a file with grains.
+
+    The directory of an empty disk is where the first grain will be: what lies there was written by who did
+    not come to an end.
+    """
+    at, length = header.directory_at, header.directory_entries * 4
+    if not 0 < at <= subject.storage.size - length or header.redundant_at is not None:
+        return False  # there is more to be said of that, or to be asked
+    if at == (header.overhead_sectors + 1) * SECTOR:
+        return False
+    directory = _directory(subject, header)
+    return not directory.any() and not records.agree(directory)
 
 
 def _directory(subject: Subject, header: HostedHeader) -> Numbers:
