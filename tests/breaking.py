@@ -354,6 +354,14 @@ def _damage_record(at: int) -> Callable[[Image], None]:
 # COWD and seSparse
 
 
+def _cowd_moved(image: Image) -> None:
+    """The directory is where the header says, only not where others put it."""
+    path = image.cowd().path
+    directory = peek(path, 4 * SECTOR, SECTOR)
+    poke(path, 4 * SECTOR, bytes(SECTOR) + directory)
+    poke(path, 20, u32(5))
+
+
 def _cowd_header(at: int, value: int) -> Callable[[Image], None]:
     return lambda image: poke(image.cowd().path, at, u32(value))
 
@@ -713,6 +721,14 @@ BREAKS = [
         qemu=True,
     ),
     Break("cowd-entries", delta(), _cowd_header(24, 50), "cowd-geometry", "yes", "warning", qemu=True),
+    Break(
+        "cowd-directory",
+        delta(first_sector=6),
+        _cowd_moved,
+        "cowd-geometry",
+        severity="warning",
+        also=("unused-space",),
+    ),
     Break("cowd-inconsistent", delta(), _cowd_header(8, 7), "inconsistent", "yes", "warning", qemu=True),
     Break("cowd-unclean", delta(unclean=True), lambda image: None, "unclean", "yes", "warning", qemu=True),
     Break(

@@ -134,6 +134,10 @@ def quick_check_cowd(storage: Storage, header: CowdHeader) -> None:
     """
     if header.overhead > storage.size:
         raise Truncated(storage.name, what="its grain directory", need=header.overhead, have=storage.size)
+    if header.directory_sector != cowd.USUAL_DIRECTORY:
+        # If that is damage, zeros there would be a directory without tables, and tables be made over grains.
+        why = f"every writer known puts the directory at sector {cowd.USUAL_DIRECTORY}"
+        raise _bad(storage, "gdOffset", header.directory_sector, why)
     front = -(-header.overhead // SECTOR)
     layout = _Layout(
         directories={"grain directory": header.directory_sector * SECTOR},

@@ -26,6 +26,8 @@ GEOMETRY_AT: Final = 32
 GENERATION_AT: Final = 1060
 SAVED_AT: Final = 1636
 UNCLEAN_AT: Final = 1648
+#: The sector at which every writer that is known puts the directory: behind the header.
+USUAL_DIRECTORY: Final = 4
 #: The last byte at which a grain of any size may end, so that freeSector, 32 bits wide, can name it.
 MAX_END: Final = 0xFFFF_FFFF * SECTOR
 

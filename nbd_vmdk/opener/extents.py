@@ -184,7 +184,8 @@ def _open_cowd(
     size = _effective_size(storage, size, header.capacity_sectors, header.grain_sectors)
     if opening.is_written(name) and header.version >= 1:
         storage = opening.open_for_writing(name)
-        if header.suspect or storage.size <= _VETTED_GRAINS * header.grain_sectors * SECTOR:
+        is_odd = header.suspect or header.directory_sector != cowd.USUAL_DIRECTORY
+        if is_odd or storage.size <= _VETTED_GRAINS * header.grain_sectors * SECTOR:
             quick_check_cowd(storage, header)
     if header.unclean:
         opening.warnings.append(_UNCLEAN.format(storage.name))

@@ -153,6 +153,7 @@ DANGEROUS_COWD = {
     "cowd-gte-low",
     "cowd-over-table",
     "cowd-cut",
+    "cowd-directory",
     "cowd-shared",
 }
 COWD = [broken for broken in BREAKS if broken.name.startswith("cowd-") and broken.name != "cowd-version"]

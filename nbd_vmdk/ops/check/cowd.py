@@ -16,6 +16,7 @@ from nbd_vmdk.ondisk.cowd import (
     GENERATION_AT,
     SAVED_AT,
     UNCLEAN_AT,
+    USUAL_DIRECTORY,
     CowdHeader,
     parse_header,
 )
@@ -30,7 +31,6 @@ from nbd_vmdk.units import SECTOR, format_size
 
 _HEADER: Final = 2048
 _TABLE: Final = ENTRIES_PER_TABLE * 4 // SECTOR
-_USUAL_DIRECTORY: Final = 4
 
 
 def check_cowd(subject: Subject) -> CowdHeader | None:
@@ -105,7 +105,7 @@ def _report_geometry(subject: Subject, header: CowdHeader, head: bytes) -> None:
             Repair("set it to what the capacity needs", (subject.write(ENTRIES_AT, data, Stage.POINTERS),)),
             at=ENTRIES_AT,
         )
-    if header.directory_sector != _USUAL_DIRECTORY:
+    if header.directory_sector != USUAL_DIRECTORY:
         subject.warning(
             "cowd-geometry",
             f"gdOffset is {header.directory_sector}, and every writer known puts the directory at sector 4",
