@@ -44,12 +44,13 @@ def kind_of(folder: Folder, name: str) -> FileKind | None:
 def embedded_text(storage: Storage, header: hosted.HostedHeader) -> bytes:
     """The descriptor inside a hosted sparse extent, without its padding; empty if there is none.
 
-    QEMU reserves the room for one in the extents of split disks and leaves it all NULs.
+    QEMU reserves the room for one in the extents of split disks and leaves it all NULs.  Of a text that is
+    too long for a descriptor there is one byte more than any may have, so that parsing it tells.
     """
     if not header.descriptor_sector:
         return b""
     at = header.descriptor_sector * SECTOR
-    length = min(header.descriptor_sectors * SECTOR, hosted.MAX_DESCRIPTOR, storage.size - at)
+    length = min(header.descriptor_sectors * SECTOR, hosted.MAX_DESCRIPTOR + 1, storage.size - at)
     if length <= 0:
         raise Truncated(storage.name, what="its descriptor", need=at + SECTOR, have=storage.size)
     return storage.read(at, length).partition(b"\0")[0]

@@ -381,6 +381,20 @@ def test_a_huge_descriptor_area_costs_nothing(tmp_path: Path) -> None:
     shows(image)
 
 
+def test_an_embedded_descriptor_that_is_too_long(tmp_path: Path) -> None:
+    """As much of it as is read names one extent of two: the disk would be shorter than it says."""
+    (tmp_path / "flat").write_bytes(bytes(SECTOR))
+    line = b'RW 1 FLAT "flat" 0\n'
+    text = desc.descriptor("custom", [("RW", 1, "FLAT", "flat", 0)])
+    text += b"#".ljust(MIB - len(text) - 1, b"x") + b"\n" + line
+    path = str(tmp_path / "disk.vmdk")
+    desc.wrapped_descriptor(path, text, sectors=3000)
+    assert "more than" in str(refused(path, NotVmdk))
+    cut(path, SECTOR + MIB)
+    with open_disk(path) as disk:
+        assert disk.size == SECTOR
+
+
 # Split, flat, mixed
 
 
