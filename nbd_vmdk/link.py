@@ -84,6 +84,8 @@ class Link:
         self.grain = max(entry.extent.grain for entry in self.extents)
         self._place = place
         self._starts = [entry.start for entry in self.extents]
+        for entry in self.extents:
+            entry.extent.place(entry.start)
         self._cid_lock = threading.Lock()
         self._cid_changed = False
         self.cid = descriptor.cid if descriptor is not None else None

@@ -74,6 +74,11 @@ class Extent(ABC):
     storage: Storage | None = None
     size: int
     grain: int = 0  #: bytes of the allocation unit, 0 if there is none
+    origin: int = 0  #: guest byte of the disk at which it begins, for messages
+
+    def place(self, origin: int) -> None:
+        """Tell the extent where in the disk it is."""
+        self.origin = origin
 
     @abstractmethod
     def map(self, offset: int, length: int) -> Mapping:

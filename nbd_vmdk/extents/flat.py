@@ -133,11 +133,11 @@ class LostExtent(Extent):
 
     def map(self, offset: int, length: int) -> Mapping:
         """See Extent."""
-        return Kind.LOST, length, self._source, offset
+        return Kind.LOST, length, self._source, self.origin + offset
 
 
 class LostSource:
-    """A source whose every read fails; ``at`` counts guest bytes from the extent's start."""
+    """A source whose every read fails; ``at`` counts guest bytes of the disk, which the error names."""
 
     def __init__(self, name: str, why: str, hint: str | None = None) -> None:
         self.name = name

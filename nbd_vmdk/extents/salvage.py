@@ -67,7 +67,7 @@ class SalvagedExtent(StreamExtent):
         if number not in self._pinned:
             count = min(length, self._salvaged.alike_until(number) * coverage - offset)
         if kind is Kind.LOST:
-            return kind, count, self._lost, offset
+            return kind, count, self._lost, self.origin + offset
         return kind, count, source, at
 
     def _decode(self, entry: int, index: int) -> tuple[Kind, int]:

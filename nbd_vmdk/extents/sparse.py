@@ -254,7 +254,8 @@ class SparseExtent(Extent):
         except FormatError:
             slot = self._entries
         length = min((number * self._entries + slot) * self.grain - offset, length)
-        return Kind.LOST, length, LostSource(self.storage.name, error.message, error.hint), offset
+        source = LostSource(self.storage.name, error.message, error.hint)
+        return Kind.LOST, length, source, self.origin + offset
 
     def _bad_entry(self, entry: int, index: int, why: str) -> BadField:
         return BadField(

@@ -76,6 +76,8 @@ class Inflater:
         self._tables = tables
         self._grains = cache.part()
         self._size = size
+        #: Guest byte of the disk at which the extent begins, for messages.
+        self.origin = 0
         self._grain = header.grain
         self._grain_sectors = header.grain_sectors
         self._per_table = header.entries_per_table
@@ -225,7 +227,7 @@ class Inflater:
         offset = index * self._grain
         return Unreadable(
             self.name,
-            offset=offset,
+            offset=self.origin + offset,
             length=min(self._grain, self._size - offset),
             why=f"compressed grain {index} is damaged, {why}",
             hint=_GRAIN_HINT,
@@ -269,6 +271,11 @@ class StreamExtent(SparseExtent):
             step=0,
         )
         self._inflater = Inflater(storage, header, tables, tables.cache, size)
+
+    def place(self, origin: int) -> None:
+        """See Extent."""
+        super().place(origin)
+        self._inflater.origin = origin
 
     def reader(self, otherwise: Reader) -> Reader:
         """See Extent: what is remembered of grains."""

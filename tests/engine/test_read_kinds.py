@@ -487,6 +487,30 @@ def test_noaccess_can_not_be_read(tmp_path: Path) -> None:
     assert [(run.offset, run.length) for run in lost] == [(ODD.size, PARENT.size)] == image.unreadable
 
 
+def test_errors_name_guest_bytes_of_the_disk(tmp_path: Path) -> None:
+    """Also of what lies in an extent that is not the first one."""
+    full = Content.random(MIB, seed=5, density=1.0).without_zeros()
+    grain = max(full.touched(GRAIN))
+    rows = [
+        Row("RW", "FLAT", ODD),
+        Row("NOACCESS", "FLAT", PARENT),
+        Row("RW", "SPARSE", full, builder="stream", options={"broken": {grain: "adler"}}),
+        Row("RW", "SPARSE", full, builder="stream"),
+    ]
+    image = desc.custom(str(tmp_path), "disk", rows)
+    cut(image.files[-1], 200 * KIB)
+    second, third = ODD.size, ODD.size + PARENT.size
+    with open_disk(image.path, salvage=True) as disk:
+        last = [run.offset for run in disk.runs() if run.kind is Kind.LOST][-1]
+        assert last >= third + MIB
+        for at in (second, second + 5, last, last + 5):
+            assert unreadable(disk, at, 2).fields["offset"] == at
+    rows[-1] = Row("RW", "FLAT", full)
+    with open_disk(desc.custom(str(tmp_path), "disk", rows).path) as disk:
+        at = third + grain * GRAIN
+        assert unreadable(disk, at + 5, 2).fields["offset"] == at
+
+
 def test_empty_extents_are_passed_over(tmp_path: Path) -> None:
     """VirtualBox writes one of them into the skeleton of a descriptor."""
     image = desc.custom(str(tmp_path), "disk", [Row("RW", "FLAT", ODD, "flat.vmdk", 0)])
