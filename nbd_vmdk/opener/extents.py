@@ -78,7 +78,7 @@ def _resolve(opening: Opening, line: ExtentLine, file: str) -> str:
     """The name under which an extent's file is there: as written, with slashes turned, or beside.
 
     A file from another machine keeps its absolute name; what lies beside the descriptor is then taken.
-    Raises FileMissing or TrustError for the name as written.
+    Raises FileMissing or TrustError.
     """
     assert line.name is not None
     first: VmdkError | None = None
@@ -86,7 +86,9 @@ def _resolve(opening: Opening, line: ExtentLine, file: str) -> str:
         try:
             opening.open(name)
         except (FileMissing, TrustError) as error:
-            first = first or error
+            # A Windows name with its slashes turned leads out of the folder: it is not missing there.
+            if first is None or (isinstance(error, TrustError) and not is_absolute(line.name)):
+                first = error
             continue
         if is_absolute(line.name) and not is_absolute(name):
             opening.warnings.append(f"{file}: {name} beside it is taken for {line.name}")
