@@ -4,6 +4,7 @@ What a check finds: nothing in a sound image however it is laid out, and whateve
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 from nbd_vmdk.cli import main
-from nbd_vmdk.errors import FileMissing, NotVmdk, Unsupported, VmdkError
+from nbd_vmdk.errors import FileMissing, NotVmdk, StorageError, Unsupported, VmdkError
 from nbd_vmdk.opening import open_disk
+from nbd_vmdk.ops.check import runner
 from nbd_vmdk.ops.check.findings import LISTED, Finding, Repair
 from nbd_vmdk.ops.check.runner import Report, check_image
 from nbd_vmdk.ops.create import create_image
@@ -194,6 +197,23 @@ def test_damage_is_named(tmp_path: Path, broken: Break) -> None:
         assert finding.effect
         assert finding.repair
         assert json.loads(json.dumps(finding.as_dict()))["finding"] == finding.slug
+
+
+def test_what_the_system_refuses_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check has one extent open at a time; opening the disk takes them all, which may be too many."""
+    image = desc.split_flat(str(tmp_path), "disk", Content(2 * MIB), extent_sectors=2048)
+
+    def refused(*_: object) -> NoReturn:
+        raise StorageError.of(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), image.path, "open")
+
+    monkeypatch.setattr(runner, "open_chain", refused)
+    assert main(["check", image.path]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "Too many open files" in told.err
+    assert "ulimit -n" in told.err
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.name)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates, plain_name
-from nbd_vmdk.errors import FileMissing, FormatError, TrustError, VmdkError
+from nbd_vmdk.errors import FileMissing, FormatError, StorageError, TrustError, VmdkError
 from nbd_vmdk.look import descriptors_in, read_descriptor
 from nbd_vmdk.ondisk.descriptor import last_component
 from nbd_vmdk.ops.check.context import Context, Progress
@@ -109,11 +109,16 @@ def check_in(
 
 
 def _open_all(context: Context, folder: Folder, name: str, options: OpenOptions) -> None:
-    """What the check let through must open: if it does not, that is a finding as well."""
+    """What the check let through must open: if it does not, that is a finding as well.
+
+    What the operating system refuses says nothing of the image, and is raised.
+    """
     try:
         for link in open_chain(folder, name, options, Cache(MIB)):
             link.close()
     except VmdkError as error:
+        if isinstance(error, StorageError) and not isinstance(error, FileMissing):
+            raise
         context.findings.add(
             Finding(
                 severity=Severity.ERROR,
