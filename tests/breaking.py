@@ -644,6 +644,8 @@ BREAKS = [
     Break("footer-place", streamed(), _footer_field(56, u64(1 << 40)), "footer-damaged", "yes", qemu=True),
     Break("footer-in-zeros", streamed(), _footer_field(56, u64(15)), "footer-damaged", "yes", qemu=True),
     Break("stream-in-zeros", streamed(layout="B"), header(gd_offset=15), "directory-entry"),
+    Break("stream-grain", streamed(layout="B"), header(grain_size=64), "bad-header"),
+    Break("stream-tables", streamed(layout="C"), header(gtes_per_gt=16), "bad-header"),
     Break("footer-capacity", streamed(), _footer_field(12, u64(77)), "footer-damaged", "yes", qemu=True),
     Break("footer-or-tables", streamed(), header(gtes_per_gt=64), "footer-damaged", "yes", qemu=True),
     Break("footer-or-grain", streamed(), header(grain_size=64), "footer-damaged", "yes", qemu=True),

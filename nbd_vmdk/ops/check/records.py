@@ -27,6 +27,8 @@ _MARKER: Final = struct.Struct("<QII")
 _SEARCH: Final = MIB
 #: Tables at either end of a directory that are looked into.
 _TRIED: Final = 16
+#: As many grains may all be damaged one by one.
+_FEW: Final = 4
 
 
 def metadata_marker(kind: MarkerType, sectors: int) -> bytes:
@@ -70,27 +72,39 @@ def names_grains(storage: Storage, header: HostedHeader, sector: int) -> bool:
     wrong about the size of grains or tables, or by much about that of the disk, goes astray there.  Without
     any grain nothing is borne out.
     """
+    tried, fitting = _try_grains(storage, header, sector)
+    return 0 < tried == fitting
+
+
+def names_others(storage: Storage, header: HostedHeader, sector: int) -> bool:
+    """Whether most that names_grains() tries is of other grains: the header is wrong then, not they."""
+    tried, fitting = _try_grains(storage, header, sector)
+    return tried >= _FEW and fitting * 2 < tried
+
+
+def _try_grains(storage: Storage, header: HostedHeader, sector: int) -> tuple[int, int]:
+    """How many grains, and tables that can't be, were tried, and how many have records of their own."""
     if not 0 < sector * SECTOR <= storage.size - header.directory_entries * 4:
-        return False
+        return 1, 0
     directory = read_words(storage, sector * SECTOR, header.directory_entries, 4)
     tables = np.flatnonzero(directory)
-    tried = 0
+    tried = fitting = 0
     for number in {*tables[:_TRIED].tolist(), *tables[-_TRIED:].tolist()}:
         at = int(directory[number]) * SECTOR
         if at + header.entries_per_table * 4 > storage.size:
-            return False
+            tried += 1
+            continue
         table = read_words(storage, at, header.entries_per_table, 4)
         grains = np.flatnonzero(table > 1)
         for slot in {*grains[:2].tolist(), *grains[-2:].tolist()}:
+            tried += 1
             place = int(table[slot]) * SECTOR
             if place + GRAIN_MARKER.size > storage.size:
-                return False
+                continue
             guest, size = GRAIN_MARKER.unpack(storage.read(place, GRAIN_MARKER.size))
             expected = (number * header.entries_per_table + slot) * header.grain_sectors
-            if not size or guest != expected or guest >= header.capacity_sectors:
-                return False
-            tried += 1
-    return tried > 0
+            fitting += bool(size) and guest == expected and guest < header.capacity_sectors
+    return tried, fitting
 
 
 class Records:

@@ -17,7 +17,13 @@ from nbd_vmdk.ops.check.context import Space, Subject
 from nbd_vmdk.ops.check.directories import Directories
 from nbd_vmdk.ops.check.entries import Rules, report_shared, survey
 from nbd_vmdk.ops.check.findings import Change, Repair, Resize, Stage
-from nbd_vmdk.ops.check.records import Records, find_directory, metadata_marker, names_grains
+from nbd_vmdk.ops.check.records import (
+    Records,
+    find_directory,
+    metadata_marker,
+    names_grains,
+    names_others,
+)
 from nbd_vmdk.ops.check.scan import Numbers, merged, read_words
 from nbd_vmdk.ops.check.twins import Twins
 from nbd_vmdk.ops.check.undeclared import report_zeros
@@ -72,6 +78,12 @@ def check_stream(subject: Subject, header: HostedHeader) -> None:
         subject.error(slug, footer.wrong, _NO_TABLES, repair, at=footer.at or None)
     if footer.header is None:
         subject.check_whole_sectors(tail_is_data=True)
+        return
+    if known.markers and names_others(subject.storage, footer.header, footer.header.directory_sector):
+        what = "the tables lead to records of other grains: grainSize or numGTEsPerGT is not what it was"
+        subject.error(
+            "bad-header", what, "most of the extent can't be read", "what is right is not known", at=0
+        )
         return
     _check_tables(subject, footer, records)
     _check_end(subject, footer)
