@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ OLD: Final = ".old"
 _YOUNG: Final = 60
 
 
-def sweep(folder: int, prefix: str) -> str | None:
-    """Remove the temporary folders of this target whose makers are dead.
+def sweep(folder: int, prefix: str, main: str) -> str | None:
+    """Remove the temporary folders of this target whose makers are dead, and what they had named.
 
-    The name of one that must be kept, because it came between replacing one file and another; else None.
+    ``main`` is the file that its maker would have named last: as long as it is in the temporary folder, what
+    also has a name in ``folder`` is a part of nothing.  The name of one that must be kept, because it came
+    between replacing one file and another; else None.
     """
     kept = None
     for name in _named(folder, prefix):
@@ -35,6 +38,8 @@ def sweep(folder: int, prefix: str) -> str | None:
                 if _is_needed(folder, fd):
                     kept = name
                 else:
+                    if lstat(fd, main):
+                        _withdraw(folder, fd)
                     shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
         except OSError:
             pass  # what can't be tidied up is in nobody's way
@@ -77,8 +82,8 @@ def _own(folder: int, name: str) -> Iterator[int]:
 
 def _is_needed(folder: int, left: int) -> bool:
     """Whether the temporary folder ``left`` has files that are part of a whole with those in ``folder``."""
-    names = os.listdir(left)
-    if names == [OLD] or OLD not in names:
+    pending = [name for name in os.listdir(left) if not _is_named(folder, left, name)]
+    if pending == [OLD] or OLD not in pending:
         return False  # all were replaced, or none
     fd = os.open(OLD, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=left)
     try:
@@ -89,6 +94,20 @@ def _is_needed(folder: int, left: int) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _is_named(folder: int, left: int, name: str) -> bool:
+    """Whether a file of the temporary folder ``left`` has the same name in ``folder``, too."""
+    made, there = lstat(left, name), lstat(folder, name)
+    return made is not None and there is not None and identity_of(made) == identity_of(there)
+
+
+def _withdraw(folder: int, left: int) -> None:
+    """Take the names in ``folder`` from the files of ``left``; what got more names since is somebody's."""
+    for name in os.listdir(left):
+        made = lstat(left, name)
+        if made and stat.S_ISREG(made.st_mode) and made.st_nlink == 2 and _is_named(folder, left, name):
+            os.unlink(name, dir_fd=folder)
 
 
 def lock_folder(fd: int) -> bool:

@@ -34,16 +34,29 @@ def move_only(source: int, target: int, name: str) -> None:
     """Move ``name`` from one folder to the other unless it is there; FileExistsError, OSError."""
     if _rename_noreplace(source, target, name):
         return
+    if _link(source, target, name):
+        os.unlink(name, dir_fd=source)
+        return
+    if lstat(target, name):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+    os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
+
+
+def link_or_move(source: int, target: int, name: str) -> None:
+    """Give ``name`` a place in the other folder, too; where there are no hard links as move_only()."""
+    if not _link(source, target, name):
+        move_only(source, target, name)
+
+
+def _link(source: int, target: int, name: str) -> bool:
+    """Whether the file system made the hard link; False means that it knows none.  OSError for the rest."""
     try:
         os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
     except OSError as error:
         if error.errno not in NOT_KNOWN:
             raise
-        if lstat(target, name):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
-    else:
-        os.unlink(name, dir_fd=source)
+        return False
+    return True
 
 
 def _rename_noreplace(source: int, target: int, name: str) -> bool:

@@ -8,8 +8,10 @@ last, so nobody ever sees an image without its extents, and a power cut leaves i
         ...  # make disk-flat.vmdk and disk.vmdk in new.folder
         new.publish(main="disk.vmdk")
 
-Nothing that exists is replaced, not even what came into being meanwhile: files are moved with the kernel's
-"do not replace", and where a file system does not know that, by a hard link, which refuses as well.  With
+Nothing that exists is replaced, not even what came into being meanwhile: the last file is moved with the
+kernel's "do not replace", and where a file system does not know that, by a hard link, which refuses as well.
+The others get hard links before it, so that whoever finds the temporary folder of a killed process knows
+them by what they are, not by their names, and takes them away: without the last one they are nothing.  With
 ``replace`` files of the same names give way to the new ones, which get their permissions, owner and
 extended attributes; the old ones are kept in the temporary folder until all went well.  They are locked
 meanwhile, as for writing: who has one open would go on with a file that nobody else can find any more.
@@ -19,11 +21,13 @@ leftovers.py.
 
 What is not done: several files are not replaced in one instant, so a kill or a power cut between the first
 and the last leaves some new and some old.  The temporary folder then still has the rest of both, and the
-next process with the same target refuses to go on until somebody has looked.  On a file system that knows
-neither the kernel's flag nor hard links, another program may slip in between looking whether a name is free
-and taking it, and a replaced file has no name for an instant.
+next process with the same target refuses to go on until somebody has looked.  On a file system without hard
+links the new files that had their names stay, too; and if it does not know the kernel's flag either, another
+program may slip in between looking whether a name is free and taking it, and a replaced file has no name for
+an instant.
 """
 
+import binascii
 import errno
 import os
 import shutil
@@ -36,10 +40,10 @@ from nbd_vmdk.storage.leftovers import OLD, lock_folder, sweep, sweep_empty
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.locks import check_vmware_lock
-from nbd_vmdk.storage.moving import NOT_KNOWN, identity_of, lstat, move_only
+from nbd_vmdk.storage.moving import NOT_KNOWN, identity_of, link_or_move, lstat, move_only
 from nbd_vmdk.units import SECTOR
 
-#: Longest part of the target's name, in bytes, that the temporary folder's name repeats.
+#: Longest name of a target, in bytes, that the temporary folder's name repeats; of others a part and a sum.
 _NAME_PART: Final = 200
 #: More files than this are synced side by side, so many at a time.
 _MANY: Final = 8
@@ -100,10 +104,12 @@ class NewFiles:
         return self
 
     def _make_folder(self) -> None:
-        part = os.fsdecode(os.fsencode(self.name)[:_NAME_PART])
+        part, raw = self.name, os.fsencode(self.name)
+        if len(raw) > _NAME_PART:
+            part = f"{os.fsdecode(raw[: _NAME_PART - 9])}-{binascii.crc32(raw):08x}"
         locked_name = f".{part}.new-"
         sweep_empty(self._into, f".{part}.tmp-")
-        if kept := sweep(self._into, locked_name):
+        if kept := sweep(self._into, locked_name, self.name):
             raise WriteRefused(
                 self._label(kept),
                 why="an earlier run ended while it was replacing files: the old ones are in .old in there",
@@ -283,7 +289,9 @@ class NewFiles:
     def _move(self, move: "_Move") -> None:
         try:
             if not move.replaces:
-                move_only(self._from, self._into, move.name)
+                # What is left here, without the target, tells sweep() what the others were to be parts of.
+                give = move_only if move.name == self.name else link_or_move
+                give(self._from, self._into, move.name)
                 return
             if not lstat(self._from, f"{OLD}/{move.name}"):  # no hard links here
                 os.rename(move.name, f"{OLD}/{move.name}", src_dir_fd=self._into, dst_dir_fd=self._from)

@@ -299,11 +299,8 @@ def test_many_files(tmp_path: Path) -> None:
     assert len(listing(tmp_path)) == 31
 
 
-@pytest.mark.parametrize("at", range(7))
-def test_a_kill_while_replacing_keeps_what_is_needed(tmp_path: Path, way: str, at: int) -> None:
-    old = {"disk.vmdk": "old", "flat.vmdk": "old too"}
-    for name, text in old.items():
-        (tmp_path / name).write_text(text)
+def killed_at(at: int, target: Path, *, replace: bool, **files: str) -> int:
+    """The exit code of a process that is killed before its step number ``at`` of publishing ``files``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn where there are threads
         pid = os.fork()
@@ -323,14 +320,62 @@ def test_a_kill_while_replacing_keeps_what_is_needed(tmp_path: Path, way: str, a
         try:
             for name in ("_keep_old", "_sync_folder", "_move"):
                 setattr(NewFiles, name, counted(getattr(NewFiles, name)))
-            with NewFiles(tmp_path / "disk.vmdk", replace=True) as new:
-                fill(new, disk="text", flat="data", more="new")
-                new.publish("disk.vmdk")
+            with NewFiles(target, replace=replace) as new:
+                fill(new, **files)
+                new.publish(target.name)
+                counted(lambda: None)()
         finally:
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (9 if at < 6 else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("stem", ["disk", "long" * 60])
+@pytest.mark.parametrize("at", range(8))
+def test_a_kill_while_naming_is_no_obstacle(tmp_path: Path, way: str, at: int, stem: str) -> None:
+    target = tmp_path / f"{stem}.vmdk"
+    made = {stem: "text", "flat": "data", "more": "data"}
+    assert killed_at(at, target, replace=False, **made) == (9 if at < 7 else 0)
+    whole = {f"{name}.vmdk": text for name, text in made.items()}
+    there = {path.name for path in tmp_path.glob("*.vmdk")}
+    if at > 4:
+        assert there == set(whole)
+        (tmp_path / "kept").mkdir()
+        os.rename(target, tmp_path / "kept" / target.name)
+        with NewFiles(target):  # what was whole once is the user's, wherever he has put its parts
+            assert listing(tmp_path / "kept") == {target.name: "text"}
+        assert {path.name for path in tmp_path.iterdir()} == {"kept", "flat.vmdk", "more.vmdk"}
+        return
+    assert target.name not in there
+    if at > 1:
+        assert there
+    if way == "neither":
+        for name in there:  # they can't be told from others here
+            (tmp_path / name).unlink()
+    with NewFiles(target) as new:
+        fill(new, **made)
+        new.publish(target.name)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == whole
+
+
+def test_what_got_another_name_after_a_kill_stays(tmp_path: Path) -> None:
+    assert killed_at(3, tmp_path / "disk.vmdk", replace=False, disk="text", flat="data", more="data") == 9
+    os.link(tmp_path / "flat.vmdk", tmp_path / "mine.vmdk")
+    (tmp_path / "more.vmdk").unlink()
+    (tmp_path / "more.vmdk").write_text("theirs")
+    with NewFiles(tmp_path / "disk.vmdk"):
+        pass
+    assert listing(tmp_path) == {"flat.vmdk": "data", "mine.vmdk": "data", "more.vmdk": "theirs"}
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_kill_while_replacing_keeps_what_is_needed(tmp_path: Path, way: str, at: int) -> None:
+    old = {"disk.vmdk": "old", "flat.vmdk": "old too"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    code = killed_at(at, tmp_path / "disk.vmdk", replace=True, disk="text", flat="data", more="new")
+    assert code == (9 if at < 7 else 0)
     left_over = list(tmp_path.glob(".disk.vmdk.new-*"))
-    assert len(left_over) == (at < 6)
+    assert len(left_over) == (at < 7)
     there = {name: (tmp_path / name).read_text() for name in ("disk.vmdk", "flat.vmdk")}
     if there["disk.vmdk"] != "text" and there["flat.vmdk"] == "data":
         with pytest.raises(WriteRefused, match="earlier run"), NewFiles(tmp_path / "disk.vmdk", replace=True):
