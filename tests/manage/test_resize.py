@@ -18,6 +18,7 @@ from nbd_vmdk import open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.errors import InUse, OptionError, StorageError, VmdkError, WriteRefused
 from nbd_vmdk.look import read_descriptor
+from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.create import create_image
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -199,14 +200,19 @@ def test_killed_anywhere(tmp_path: Path, kind: str, larger: bool) -> None:
     assert left == (new // MIB + 1 if many else 1 + (kind != "monolithicSparse"))
 
 
-def test_children(tmp_path: Path) -> None:
+def test_children(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base, middle, top = make_chain(tmp_path)
     for link in (base, middle):
         with pytest.raises(WriteRefused, match="stands on it") as caught:
             resize(link, 3 * MIB)
         assert caught.value.hint == f"resize the top of the chain instead: nbd-vmdk resize {top}"
     before = shows(top)
+    assert not caplog.records
     resize(top, 3 * MIB)
+    own = f"nbd-vmdk snapshot rebase --flatten {top} makes it a disk of its own"
+    assert own in caplog.text
+    (found,) = check_image(top).findings
+    assert own in str(found.repair)
     assert shows(top) == before.ljust(3 * MIB, b"\0")
     for size in (2 * MIB, MIB):
         with pytest.raises(WriteRefused, match="can't be smaller"):

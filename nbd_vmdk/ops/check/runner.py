@@ -1,6 +1,7 @@
 """Checking an image: its links one after the other, and what makes a chain of them."""
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -294,7 +295,10 @@ class _Chain:
                 if larger
                 else ("the parent's tail is not visible")
             )
-            why = "no product makes such a chain: which of the sizes is right is not known"
+            why = "which of the sizes is right is not known"
+            if larger:
+                own = f"nbd-vmdk snapshot rebase --flatten {shlex.quote(child.file.label)}"
+                why += f"; if it was made larger, {own} makes it a disk of its own"
             self._tell(child, depth, "chain-size", what, effect, why, Severity.WARNING)
 
     def _report_mismatch(

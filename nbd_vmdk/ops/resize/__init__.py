@@ -6,12 +6,14 @@ last; and shrinks by getting the new descriptor first, once what will be cut off
 smaller files after that.  Between the two it has its old size, or its new one, and the same command goes on.
 
 Only a disk on which nothing stands can have another size.  A child may grow beyond its parent: what that
-does not have reads as zeros.  It can't shrink, as there would be no way back.
+does not have reads as zeros, and others than VMware read it so; but such a child is merged into its parent no
+more.  It can't shrink, as there would be no way back.
 
 What is not done: partition tables and file systems inside are the guest's, and stay as they are.
 streamOptimized files can't change; convert makes another.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,6 +42,8 @@ from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR, align_up, format_size
+
+log = logging.getLogger("nbd_vmdk")
 
 _PIECE: Final = MIB
 _MAX_IDE: Final = 16383
@@ -110,6 +114,13 @@ def resize(
         found = Resized(link.label, work.disk.size, wanted)
         if wanted > work.disk.size:
             changes = work.grow(wanted, reserve=reserve)
+            if len(work.disk.links) > 1:
+                log.warning(
+                    "%s: VMware opens no link that is larger than its parent, and it can't be merged into "
+                    "that; nbd-vmdk snapshot rebase --flatten %s makes it a disk of its own",
+                    link.label,
+                    link.word,
+                )
         else:
             changes = work.shrink(wanted, found, shrink=shrink or dry_run, progress=progress)
         found.steps = [change.text for change in changes]
