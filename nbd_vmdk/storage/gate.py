@@ -45,8 +45,9 @@ class Refused(Exception):
 class _Pin:
     """A folder that stays the same whatever happens to its name, for as long as anybody needs it."""
 
+    fd = -1  # also of one whose making is interrupted before its first line
+
     def __init__(self, path: str) -> None:
-        self.fd = -1
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
