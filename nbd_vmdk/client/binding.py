@@ -94,6 +94,8 @@ def new_handle(tls: Tls | None) -> "nbd.NBD":
     # Buffers hold zeros or the user's own bytes, and nobody looks at one before its request succeeded.
     handle.set_pread_initialize(False)
     handle.add_meta_context(ALLOCATION)
+    # Else a URI with tls-psk-file=, as a server of ours tells to clients on its machine, would be refused.
+    handle.set_uri_allow_local_file(True)
     if tls is not None:
         try:
             handle.set_tls(_TLS_REQUIRE)
@@ -188,7 +190,10 @@ def refuse_unverified(uri: str, tls: Tls | None) -> None:
         why = "libnbd can't verify the certificate of a server on a local socket"
     else:
         return
-    hint = "over TCP, Tls(certificates=FOLDER) with a ca-cert.pem; Tls(psk=FILE); Tls(verify_peer=False)"
+    hint = (
+        "over TCP, end the URI with ?tls-certificates=FOLDER, with a ca-cert.pem in it; or with "
+        "?tls-psk-file=FILE; from Python also Tls(...), which may say verify_peer=False"
+    )
     raise NbdError(uri, why=why, hint=hint)
 
 

@@ -20,6 +20,7 @@ from nbd_vmdk.client.binding import (
     error_class,
     in_words,
     new_handle,
+    refuse_unverified,
     unreachable,
 )
 from nbd_vmdk.errors import NbdError
@@ -42,12 +43,14 @@ _FRESH_RUNS: Final = 64
 class NbdEnd:
     """An export, read from or written to by any number of threads; a context manager.
 
-    Raises NbdError, in opening as well.
+    How to encrypt and whom to trust, the URI says; one that leaves open whom is refused.  Raises NbdError, in
+    opening as well.
     """
 
     def __init__(self, uri: str) -> None:
         self.name = uri
         self._failed = error_class()
+        refuse_unverified(uri, None)
         handle = self._connect()
         self.export: Export = describe(handle, uri, "")
         self.size = self.export.size

@@ -15,7 +15,8 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from nbd_vmdk.errors import FileMissing, OptionError, StorageError
+from nbd_vmdk import Work, client, convert, create_image, open_disk
+from nbd_vmdk.errors import FileMissing, NbdError, OptionError, StorageError
 from nbd_vmdk.serving import listener as listener_module
 from nbd_vmdk.serving.listener import listen_tcp, listen_unix
 from nbd_vmdk.serving.server import ServerTls, serve
@@ -40,6 +41,24 @@ def knowing(uri: str, psk: Path, user: str = "alice") -> str:
 
 def plaintext(uri: str) -> str:
     return uri.replace("nbds", "nbd", 1)
+
+
+def test_converting_from_an_encrypted_server_and_into_one(disk: Path, tls: Tls, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.vmdk"
+    with served(disk, "--port", 0, "--tls-certificates", tls.server) as (uri, _):
+        assert convert(trusting(uri, tls.trusting), copy).data
+        for way in (uri, trusting(uri, tls.stranger)):
+            with pytest.raises(NbdError, match="verif") as refused:
+                convert(way, tmp_path / "none.vmdk")
+            assert way != uri or "?tls-certificates=" in (refused.value.hint or "")
+        assert not (tmp_path / "none.vmdk").exists()
+    new = create_image(tmp_path / "new.vmdk", 4 * MIB)
+    with served(tmp_path / new.files[-1].path, "--port", 0, "--tls-psk", tls.psk) as (uri, _):
+        with pytest.raises(NbdError):
+            convert(copy, uri)
+        convert(copy, knowing(uri, tls.psk), work=Work(verify=True))
+    with open_disk(disk) as one, open_disk(tmp_path / "new.vmdk") as two:
+        assert one.pread(one.size, 0) == two.pread(two.size, 0)
 
 
 def test_certificates(disk: Path, tls: Tls) -> None:
@@ -118,6 +137,8 @@ def test_many_disks_keep_their_names(disk: Path, tls: Tls, tmp_path: Path) -> No
                 ("two.vmdk", MIB),
             ]
             assert [size_of(uri) for uri in server.local_uris] == [(0, str(4 * MIB)), (0, str(MIB))]
+            async with client.connect(server.local_uris[1]) as ours:
+                assert ours.size == MIB
             assert all(uri.startswith("nbds+unix:///") for uri in server.uris)
 
     asyncio.run(main())
