@@ -28,8 +28,11 @@ def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence
     """Show an image, or what an NBD URI names, as a file in ``folder``; its path.
 
     ``options`` are those of ``serve`` that say how to open the image.  Raises DeviceError, InUse, NbdError if
-    there is nothing where the URI says, and ServerError with the words of what failed.
+    there is nothing where the URI says, or nothing that can be trusted, and ServerError with the words of
+    what failed.
     """
+    from nbd_vmdk.client.binding import refuse_unverified  # slow to import
+
     path = os.path.abspath(folder)
     _need_fuse()
     if _mounted(path):
@@ -41,6 +44,7 @@ def mount(image: str, folder: str, *, read_only: bool = False, options: Sequence
     fuse = ["nbdfuse", *(["-r"] if read_only else []), path]
     uri = image if "://" in image else None
     if uri is not None:
+        refuse_unverified(uri, None)
         command = [*fuse, uri]
     else:
         command = serve_command(image, ["-r", *options] if read_only else options, [*fuse, "$uri"])

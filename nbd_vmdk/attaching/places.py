@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from nbd_vmdk.attaching.unreached import WHO_CAN
 from nbd_vmdk.errors import FileMissing, OptionError
 
 _PORT = 10809
@@ -44,15 +45,14 @@ def place_of(uri: str) -> Place:
         return Place(("-unix", socket), export)
     if parts.scheme.startswith("nbds"):
         why = "the kernel's NBD client encrypts only over TCP"
-        raise OptionError(uri, why=why, hint="'nbd-vmdk mount' can, and so can QEMU")
+        raise OptionError(uri, why=why, hint=WHO_CAN)
     raise OptionError(uri, why="is no NBD URI that can be attached", hint="nbd://HOST:PORT/NAME can")
 
 
 def _tls_words(uri: str, host: str, query: dict[str, str]) -> tuple[str, ...]:
     """Options from what the URI says, as libnbd understands it: a folder with certificates of these names."""
-    hint = "'nbd-vmdk mount' can, and so can QEMU"
     if "tls-psk-file" in query:
-        raise OptionError(uri, why="nbd-client takes certificates, and no pre-shared keys", hint=hint)
+        raise OptionError(uri, why="nbd-client takes certificates, and no pre-shared keys", hint=WHO_CAN)
     if query.get("tls-verify-peer", "true") not in ("true", "1", "yes", "on"):
         raise OptionError(uri, why="a device is attached only if its server's certificate is looked at")
     if unknown := sorted(key for key in query if key.startswith("tls-") and key not in _TLS_KNOWN):

@@ -13,7 +13,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from nbd_vmdk.errors import NbdError
 
+#: For an encrypted server that nbd-client or nbdfuse can't be used with.
+WHO_CAN = "QEMU can, and nbd-vmdk convert copies the disk"
+
 _LIBNBD = "nbd_connect_uri: "
+#: libnbd's words for a URI that says whom to trust, if the program does not let it: nbdfuse (1.14) does not.
+_NO_FILES = "is not allowed, call nbd_set_uri_allow_local_file"
 #: nbd-client's words, and how far it got when it says so, in libnbd's.
 _CLIENT = (
     (re.compile(r"Socket failed: (.+)"), "connect"),
@@ -29,6 +34,9 @@ def unreached(uri: str, said: Sequence[str]) -> NbdError | None:
     """The error that these lines of a program tell of; None if they tell of something else."""
     from nbd_vmdk.client.binding import unreachable  # seldom needed, and slow to import
 
+    if any(_NO_FILES in line for line in said):
+        why = "can't connect: nbdfuse takes neither certificates nor pre-shared keys from a URI"
+        return NbdError.of(uri, why, errno.EPERM, WHO_CAN)
     reason = next((found for line in reversed(said) if (found := _reason(uri, line))), None)
     return None if reason is None else unreachable(uri, reason, _number(reason))
 

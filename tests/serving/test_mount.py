@@ -18,7 +18,7 @@ from nbd_vmdk.attaching import jobs, mounts
 from nbd_vmdk.cli import main
 from nbd_vmdk.errors import DeviceError
 from tests.serving import served, vmdk
-from tests.serving.conftest import MIB
+from tests.serving.conftest import MIB, Tls
 
 
 def why_not() -> str:
@@ -119,6 +119,20 @@ def test_a_uri_with_no_such_export(disk: Path, folder: Path) -> None:
         told = vmdk("mount", wrong, folder, code=1).stderr
         assert told.startswith(f"error: {wrong}: can't connect: ")
         assert f"hint: nbdinfo --list {shlex.quote(wrong)} tells what it offers" in told
+
+
+@real
+def test_an_encrypted_uri_is_verified_or_refused(disk: Path, folder: Path, tls: Tls) -> None:
+    with served(disk, "-r", "--port", 0, "--tls-certificates", tls.server) as (uri, _):
+        assert "verifies no certificate" in vmdk("mount", "-r", uri, folder, code=1).stderr
+        stranger = f"{uri}/?tls-certificates={tls.stranger}"
+        vmdk("mount", "-r", stranger, folder, code=1)
+        # nbdfuse 1.14 takes none at all.
+        told = vmdk("mount", "-r", f"{uri}/?tls-certificates={tls.trusting}", folder, code=None)
+        if told.returncode == 0:
+            vmdk("umount", folder)
+        else:
+            assert "from a URI\nhint: QEMU can, and nbd-vmdk convert copies the disk\n" in told.stderr
 
 
 @real
