@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from nbd_vmdk.codec import DEFAULT_LEVEL
+from nbd_vmdk.codec import DEFAULT_LEVEL, MAX_LEVEL
 from nbd_vmdk.disk import Disk
-from nbd_vmdk.errors import StorageError, VmdkError, WriteRefused, printable
+from nbd_vmdk.errors import OptionError, StorageError, VmdkError, WriteRefused, printable
 from nbd_vmdk.extents.base import Kind
 from nbd_vmdk.extents.streamwriter import StreamWriter
 from nbd_vmdk.link import Link
@@ -56,6 +56,13 @@ class Work:
     replace: bool = False
     share: bool = False
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Raise OptionError for numbers that can't be, before anything is made."""
+        if not 1 <= self.level <= MAX_LEVEL:
+            raise OptionError(None, why=f"{self.level} is no level of deflating: they are 1 to {MAX_LEVEL}")
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(None, why="threads must be at least 1")
 
 
 class Padded:

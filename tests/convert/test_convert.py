@@ -538,3 +538,11 @@ def test_corpus(corpus: Any, entry: Entry, tmp_path: Path) -> None:
         pytest.skip("refused, as it may be")
     with open_disk(target) as disk:
         assert hashlib.sha256(disk.pread(disk.size, 0)).hexdigest() == entry["sha256"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"level": 0}, {"level": 13}, {"level": -1}, {"threads": 0}, {"threads": -4}]
+)
+def test_numbers_that_can_not_be(wrong: dict[str, int]) -> None:
+    with pytest.raises(OptionError, match=r"level of deflating|threads must"):
+        Work(**wrong)  # type: ignore[arg-type]  # the other fields are no numbers
