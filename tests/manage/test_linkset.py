@@ -4,12 +4,14 @@ Renaming, moving, cloning and deleting: names inside and outside, children, refu
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,7 @@ from nbd_vmdk.ops.linkset.delete import delete
 from nbd_vmdk.ops.linkset.rename import rename
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.ops.snapshot import secondname
+from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.units import MIB
 from tests.manage import KINDS, faults, make
@@ -333,6 +336,26 @@ def test_a_folder_that_is_not_there(
     assert said in told
     assert f"hint: {hint}\n" in told
     assert os.listdir() == ["disk.vmdk"]
+
+
+@pytest.mark.parametrize("verb", ["clone", "rename"])
+def test_files_that_fail_are_called_as_they_would_have_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    make(tmp_path, "vmfs", MIB)
+    monkeypatch.chdir(tmp_path)
+    write = LocalFile.write
+
+    def full(self: LocalFile, data: Any, at: int) -> None:
+        if "copy" in self.name:
+            raise StorageError.of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self.name, "write")
+        write(self, data, at)
+
+    monkeypatch.setattr(LocalFile, "write", full)
+    assert main([verb, "disk.vmdk", "copy.vmdk"]) == 1
+    said = capsys.readouterr().err
+    assert "copy.vmdk: write: No space left on device\nhint: make room" in said
+    assert ".new-" not in said
 
 
 def test_clones_are_whole_or_not_there(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.descriptor_build import random_uuid
 from nbd_vmdk.opening import open_in
+from nbd_vmdk.ops.convert import final_names
 from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.linkset.copying import Copier
 from nbd_vmdk.ops.linkset.names import chain_names, new_names, target_path, with_names
@@ -95,7 +96,7 @@ def clone(
         if len(set(new_paths)) != len(new_paths):
             raise WriteRefused(path, why="two files of the chain would get the same name")
         if not dry_run:
-            with NewFiles(path) as new:
+            with NewFiles(path) as new, final_names(new.folder, path):
                 for made in new_paths:
                     new.check_free(os.path.basename(made))
                 copier = Copier(new, found.bytes, progress)

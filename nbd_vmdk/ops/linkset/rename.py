@@ -32,6 +32,7 @@ from nbd_vmdk.link import Link
 from nbd_vmdk.look import find_owner, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
 from nbd_vmdk.opener import open_link
+from nbd_vmdk.ops.convert import final_names
 from nbd_vmdk.ops.copy import Progress
 from nbd_vmdk.ops.create.child import is_elsewhere, parent_hint
 from nbd_vmdk.ops.linkset.copying import Copier
@@ -230,7 +231,7 @@ class _Renaming:
             self._give_names()
         elif not self._is_described():
             files.remove_files(self._left)
-            with NewFiles(new_main) as new:
+            with NewFiles(new_main) as new, final_names(new.folder, new_main):
                 copier = Copier(new, self.found.copied, progress)
                 copier.link(self._opened, self._names, self._descriptor)
                 for old, path in self._moves[:-1]:
@@ -266,7 +267,7 @@ class _Renaming:
                 file = self._held.enter_context(DescriptorFile.open(self._target, self._name))
             file.replace(self._descriptor)
         elif not self._is_described():
-            with NewFiles(new_main) as new:
+            with NewFiles(new_main) as new, final_names(new.folder, new_main):
                 Copier(new, 0, None).text(main, self._name, self._descriptor.to_bytes())
                 new.publish(main=self._name)
 
