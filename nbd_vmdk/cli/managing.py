@@ -32,8 +32,9 @@ def tell_machines(machines: "Iterable[Mention]", image: str, *, edited: bool, dr
         if edited:
             output.message("note", f"{each.file} {'would say' if dry_run else 'now says'} {line}")
         else:
-            has_to = "would have to" if dry_run else "must now"
-            output.message("note", f"{each.file} {has_to} say {line}; --edit-vm does that")
+            # Once it is done the same command does not go on with it.
+            has_to, does = ("would have to", "; --edit-vm does that") if dry_run else ("must now", "")
+            output.message("note", f"{each.file} {has_to} say {line}{does}")
 
 
 def as_given(path: str, *given: str) -> str:
