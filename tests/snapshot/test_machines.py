@@ -23,6 +23,7 @@ from nbd_vmdk.ops.snapshot.commit import commit
 from nbd_vmdk.ops.snapshot.create import create_child
 from nbd_vmdk.ops.snapshot.delete import delete_link
 from nbd_vmdk.ops.snapshot.listing import list_links
+from nbd_vmdk.ops.snapshot.machines import MachineFiles
 from nbd_vmdk.vm import locate
 from tests.snapshot import (
     BASE,
@@ -318,3 +319,29 @@ def test_killed_while_the_machine_goes_back(quick_path: Path) -> None:
             delete_link(child, apply=True, edit_vm=True)
         assert locate(vmx).file == BASE
     pytest.fail("it never ended")
+
+
+@pytest.mark.parametrize("kind", ["monolithicSparse", "vmfsSparse"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_child_that_no_machine_got_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, when: str
+) -> None:
+    make_base(tmp_path)
+    vmx = machine(tmp_path, BASE)
+    before, there = vmx.read_bytes(), set(tmp_path.iterdir())
+    publish = MachineFiles.publish
+
+    def stopped(self: MachineFiles) -> None:
+        if when == "after":
+            publish(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MachineFiles, "publish", stopped)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        create_child("vm.vmx", "new.vmdk", kind=kind, edit_vm=True)
+    if when == "before":
+        assert (vmx.read_bytes(), set(tmp_path.iterdir())) == (before, there)
+    else:  # the machine has it
+        assert shows(tmp_path / "new.vmdk") == shows(tmp_path / BASE)
+        assert b'"new.vmdk"' in vmx.read_bytes()

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -58,7 +58,14 @@ def create_child(
     with ExitStack() as held:
         changing = MachineFiles(held, machines if edit_vm else ())
         made = create_image(path, parent=parent.path, **options)
-        changing.publish()
+        try:
+            changing.publish()
+        except BaseException:
+            # The machine goes on with the parent, and would make the child invalid: it is as if never made.
+            if changing.are_as_before():
+                with suppress(StorageError):
+                    files.remove_files([os.path.abspath(file.path) for file in reversed(made.files)])
+            raise
     if protect:
         _protect(place)
     known = {each.name: getattr(made, each.name) for each in fields(made)}

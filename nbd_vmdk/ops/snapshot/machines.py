@@ -130,8 +130,9 @@ class MachineFiles:
         Raises InUse while a machine is open somewhere, FormatError for a name that a file can't say.
         """
         self._new: list[tuple[NewFiles, str]] = []
+        self._mentions = tuple(mentions)
         files: dict[str, list[Mention]] = {}
-        for each in mentions:
+        for each in self._mentions:
             files.setdefault(each.file, []).append(each)
         for path, lines in files.items():
             folder, name = LocalFolder.for_image(os.path.realpath(path))
@@ -157,3 +158,15 @@ class MachineFiles:
         for new, name in self._new:
             new.publish(main=name)
         self._new.clear()
+
+    def are_as_before(self) -> bool:
+        """Whether all lines say what they said, as far as they can be read: after publish() was stopped."""
+        try:
+            for each in self._mentions:
+                folder, name = LocalFolder.for_image(os.path.realpath(each.file))
+                values = parse_dictionary(read_dictionary(folder, name), each.file)
+                if values.get(each.key.lower()) != each.old:
+                    return False
+        except VmdkError:
+            return False
+        return True
