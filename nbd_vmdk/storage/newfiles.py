@@ -33,6 +33,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from typing import Final, NamedTuple, Self
 
 from nbd_vmdk.errors import FileExists, FileMissing, InUse, StorageError, WriteRefused
@@ -218,6 +219,7 @@ class NewFiles:
                 if move.name == main and len(names) > 1:
                     self._sync_folder()  # a power cut must not keep the last name without the others
                 self._move(move)
+            self._drop_links(moves)
             self._sync_folder()
         except BaseException:
             for move in reversed(moves):
@@ -300,6 +302,13 @@ class NewFiles:
             raise FileExists(self._label(move.name)) from error
         except OSError as error:
             raise StorageError.of(error, self._label(move.name), "give the new file its name") from error
+
+    def _drop_links(self, moves: list["_Move"]) -> None:
+        """Take the names here from what has its own: hidden ones that a kill leaves keep its space."""
+        for move in moves:
+            if not move.replaces:
+                with suppress(OSError):  # leaving removes them, too
+                    os.unlink(move.name, dir_fd=self._from)
 
     def _take_back(self, move: "_Move") -> None:
         """Undo what was done of ``move``, judged by what is there: an interrupt can come at any point."""

@@ -339,6 +339,7 @@ def test_a_kill_while_naming_is_no_obstacle(tmp_path: Path, way: str, at: int, s
     there = {path.name for path in tmp_path.glob("*.vmdk")}
     if at > 4:
         assert there == set(whole)
+        assert {(tmp_path / name).stat().st_nlink for name in there} == {1}
         (tmp_path / "kept").mkdir()
         os.rename(target, tmp_path / "kept" / target.name)
         with NewFiles(target):  # what was whole once is the user's, wherever he has put its parts
