@@ -4,6 +4,9 @@ By default SIGTERM and SIGHUP end a process on the spot, and half-made files, lo
 Here they unwind it as an interrupt does, so whatever is to be taken back is, and the exit code is the one
 that a shell shows for a process that the signal killed.
 
+A signal that comes while a finalizer runs is raised a moment later: Python prints what is raised in one, and
+goes on as if it had not been.
+
 What serves has signal handlers of its own, which come after these and replace them.  A signal that the caller
 ignores (nohup) stays ignored.
 """
@@ -16,6 +19,8 @@ from types import FrameType
 from typing import Final
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+#: Seconds until a finalizer is over.
+_MOMENT: Final = 0.01
 
 
 class AskedToEnd(KeyboardInterrupt):
@@ -36,12 +41,19 @@ def orderly_end() -> Iterator[None]:
         yield  # only the main thread may say what signals do
         return
     asked = False
+    alarm = signal.getsignal(signal.SIGALRM)
 
-    def end(number: int, _frame: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if not asked:
-            asked = True
-            raise AskedToEnd(number)
+        if asked:
+            return
+        if _in_finalizer(frame):
+            # No thread: its making takes locks, which the code below the finalizer may hold.
+            signal.signal(signal.SIGALRM, lambda _alarm, then: end(number, then))
+            signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+            return
+        asked = True
+        raise AskedToEnd(number)
 
     replaced = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
     try:
@@ -49,6 +61,17 @@ def orderly_end() -> Iterator[None]:
             signal.signal(number, end)
         yield
     finally:
+        if signal.getsignal(signal.SIGALRM) is not alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
         for number in replaced:
             if signal.getsignal(number) is end:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False

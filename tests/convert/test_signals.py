@@ -128,3 +128,27 @@ def test_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert entered == [signal.SIG_DFL]
+
+
+def test_a_signal_in_a_finalizer_is_not_lost() -> None:
+    class Late:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)  # its handler runs here, where Python drops what is raised
+            ended.append(True)
+
+    def work(seconds: float) -> None:
+        late = Late()
+        del late
+        assert ended
+        time.sleep(seconds)
+
+    ended: list[bool] = []
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(AskedToEnd) as caught, orderly_end():
+        work(5)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGALRM) is before
+    with orderly_end():
+        work(0)
+    assert len(ended) == 2
+    time.sleep(0.05)  # nothing is left that would come after the end
