@@ -112,13 +112,13 @@ def find_owner(folder: Folder, name: str) -> str | None:
             and any(
                 line.name is not None and last_component(line.name) == name for line in descriptor.extents
             )
-            and not (len(descriptor.extents) == 1 and _has_tables(folder, sibling))
+            and not (len(descriptor.extents) == 1 and has_tables(folder, sibling))
         ):
             return sibling
     return None
 
 
-def _has_tables(folder: Folder, name: str) -> bool:
+def has_tables(folder: Folder, name: str) -> bool:
     """Whether a file is itself the only extent that its descriptor names, whatever it calls it."""
     try:
         with closing(folder.open(name)) as storage:

@@ -33,8 +33,7 @@ def find_all(
     found: list[FoundDisk] = []
     for path in paths:
         found += find_disks(path, snapshot=snapshot, allow_dirs=allow_dirs, allow_devices=allow_devices)
-    if len(found) > 1:
-        found = list({_identity(disk): disk for disk in reversed(found)}.values())[::-1]
+    found = _each_once(found)
     if not found:
         raise OptionError(None, why="no image to serve")
     name_uniquely(found)
@@ -152,9 +151,18 @@ def _in_folder(folder: LocalFolder) -> list[FoundDisk]:
         others = [name for name in names if name.lower().endswith((*_MACHINES, ".ova", ".ovf"))]
         hint = f"there is {folder.label(others[0])}: name that" if others else None
         raise NotVmdk(folder.name, what="a folder without a disk in it", hint=hint)
-    found = [FoundDisk(folder, name, folder.label(name), alone=folder.label(name)) for name in tops]
+    found = _each_once(
+        [FoundDisk(folder, name, folder.label(name), alone=folder.label(name)) for name in tops]
+    )
     name_uniquely(found)
     return found
+
+
+def _each_once(found: list[FoundDisk]) -> list[FoundDisk]:
+    """The disks without those that are one before them by another name."""
+    if len(found) < 2:
+        return found
+    return list({_identity(disk): disk for disk in reversed(found)}.values())[::-1]
 
 
 def _choose(disks: Sequence[FoundDisk], container: str, wanted: str) -> FoundDisk:

@@ -8,7 +8,7 @@ left is a disk, or a file that somebody should know to be broken.
 from typing import Final
 
 from nbd_vmdk.errors import OptionError
-from nbd_vmdk.look import kind_of, read_descriptor
+from nbd_vmdk.look import has_tables, kind_of, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
 from nbd_vmdk.ondisk.probe import FileKind
 from nbd_vmdk.storage.folder import Folder
@@ -30,7 +30,7 @@ def find_tops(folder: Folder, names: list[str]) -> list[str]:
     parts: set[str] = set()
     for name, link in links.items():
         if link is not None:
-            parts |= _extents(name, link)
+            parts |= _extents(folder, name, link)
             parts |= _parents(name, link, links)
     return [
         name
@@ -40,9 +40,16 @@ def find_tops(folder: Folder, names: list[str]) -> list[str]:
     ]
 
 
-def _extents(name: str, link: Descriptor) -> set[str]:
-    """The other files that a link's extents are in.  It is its own, whatever its line calls it."""
-    return {_beside(name, line.name) for line in link.extents if line.name is not None} - {name}
+def _extents(folder: Folder, name: str, link: Descriptor) -> set[str]:
+    """The other files that a link's extents are in.
+
+    A monolithic one is its own extent whatever its line calls it: a copy's calls it as the original, which is
+    a disk of its own.
+    """
+    others = {_beside(name, line.name) for line in link.extents if line.name is not None} - {name}
+    if others and len(link.extents) == 1 and has_tables(folder, name):
+        return set()
+    return others
 
 
 def _parents(name: str, link: Descriptor, links: dict[str, Descriptor | None]) -> set[str]:

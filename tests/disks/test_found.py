@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def test_a_folder_has_the_tops(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no disk")
     assert names(tmp_path) == ["disk2.vmdk", "disk10.vmdk", "top.vmdk"]
     assert find_disks(f"{tmp_path}/")[0].path == str(tmp_path / "disk2.vmdk")
+
+
+def test_a_copy_does_not_hide_its_original(tmp_path: Path) -> None:
+    original = Path(sparse(tmp_path, "disk").path)
+    shutil.copy(original, tmp_path / "copy.vmdk")  # whose descriptor goes on to name disk.vmdk
+    assert names(tmp_path) == ["copy.vmdk", "disk.vmdk"]
+    (tmp_path / "link.vmdk").symlink_to("disk.vmdk")
+    assert names(tmp_path) == ["copy.vmdk", "disk.vmdk"]
 
 
 def test_a_parent_elsewhere_of_the_same_name_is_no_parent(tmp_path: Path) -> None:
