@@ -15,6 +15,8 @@ import errno
 import os
 import shlex
 import stat
+from typing import Final
+from weakref import WeakValueDictionary
 
 from nbd_vmdk.errors import FileMissing, StorageError
 
@@ -55,6 +57,17 @@ class _Pin:
             os.close(self.fd)
 
 
+#: The pins that there are, by path and inode: a server with a thousand disks of one folder needs one.
+_pins: Final[WeakValueDictionary[tuple[str, int, int], _Pin]] = WeakValueDictionary()
+
+
+def _pin(path: str) -> _Pin:
+    """A pin of the folder that is there now; OSError."""
+    made = _Pin(path)
+    there = os.fstat(made.fd)
+    return _pins.setdefault((path, there.st_dev, there.st_ino), made)
+
+
 class Gate:
     """What one image may have.
 
@@ -78,7 +91,7 @@ class Gate:
             real = os.path.realpath(folder)
             written = os.path.abspath(folder)
             if real not in self.pins:
-                self.pins[real] = _Pin(real)
+                self.pins[real] = _pin(real)
         except FileNotFoundError as error:
             raise FileMissing(folder) from error
         except OSError as error:

@@ -668,3 +668,19 @@ def test_an_interrupt_while_a_folder_is_pinned_says_nothing() -> None:
     # as a traceback, and pytest makes that an error.
     pin = gate._Pin.__new__(gate._Pin)
     del pin
+
+
+def test_images_of_one_folder_share_its_descriptor(tree: Path) -> None:
+    """As long as it is the same folder: one that was made anew has only the name of the old one."""
+    before = open_files()
+    folders = [LocalFolder.for_image(tree / "vm/disk.vmdk")[0] for _ in range(20)]
+    assert open_files() == before + 1
+    (tree / "vm").rename(tree / "old")
+    (tree / "vm").mkdir()
+    (tree / "vm/disk.vmdk").write_text("new")
+    anew = LocalFolder.for_image(tree / "vm/disk.vmdk")[0]
+    assert open_files() == before + 2
+    assert text(anew, "disk.vmdk") == "new"
+    assert text(folders[0], "disk.vmdk") == "vm/disk.vmdk"
+    del folders, anew
+    assert open_files() == before
