@@ -18,6 +18,7 @@ The text lives on the class; a call site hands over the file and the fields, not
     ├── StorageError          the operating system said no                           its errno
     │   ├── FileMissing
     │   ├── FileExists        a new file would take the place of another
+    │   ├── FileChanged       a file is not the one any more that was opened
     │   └── Latched           an earlier sync failed: nothing is promised any more   EIO
     ├── InUse                 another process holds the image                        EIO, exit 5
     ├── WriteRefused          writing here would break something, or is not possible EPERM
@@ -211,7 +212,8 @@ def _what_to_do(number: int | None, doing: str) -> str | None:
         case (_errno.ENOSPC | _errno.EDQUOT, _):
             return "make room in that file system, and do the same again"
         case (_errno.EMFILE, _):
-            return "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
+            more = "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
+            return f"{more}; to serve it without writing, add -r" if doing == "open for writing" else more
     return None
 
 
@@ -244,6 +246,17 @@ class FileExists(StorageError):
     errno = _errno.EPERM
     template = "it is there already, and nothing is overwritten"
     hint_template = "choose another name, or move it away first"
+
+
+class FileChanged(StorageError):
+    """A file is not what it was when it was opened.  Fields: why."""
+
+    slug = "file-changed"
+    template = "since it was opened it has changed: {why}"
+    hint_template = (
+        "put it back as it was, or open the disk again; "
+        "it would have stayed open if more files might be open at once: ulimit -n"
+    )
 
 
 class Latched(StorageError):

@@ -195,7 +195,7 @@ class RecordingFolder(Folder):
                 files[name] = file.read()
         return cls(files, folder)
 
-    def open(self, name: str, *, writable: bool = False) -> Storage:
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> Storage:
         if name not in self._files:
             raise FileMissing(self.label(name))
         return Recording(self._files[name], self.log, name, writable=writable)

@@ -29,7 +29,8 @@ class Opening:
     def open(self, name: str) -> Storage:
         """Open a file of the link through the gate, once."""
         if name not in self.storages:
-            self.storages[name] = self.folder.open(name)
+            # The first is the file that was named, which every writer of the link locks.
+            self.storages[name] = self.folder.open(name, extent=bool(self.storages))
         return self.storages[name]
 
     def open_for_writing(self, name: str) -> Storage:

@@ -24,6 +24,7 @@ from nbd_vmdk.ondisk import hosted
 from nbd_vmdk.ondisk.descriptor import EMBEDDED_LIMIT, MAX_DESCRIPTOR, Descriptor
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.storage.lent import LentFile
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.newfiles import dress
 from nbd_vmdk.units import SECTOR, align_up
@@ -196,7 +197,8 @@ def real_path(storage: Storage) -> str:
         stat = os.stat(path, follow_symlinks=False)
     except OSError:
         stat = None
-    if not isinstance(storage, LocalFile) or stat is None or storage.identity != (stat.st_dev, stat.st_ino):
+    is_here = isinstance(storage, LocalFile | LentFile)
+    if not is_here or stat is None or storage.identity != (stat.st_dev, stat.st_ino):
         raise WriteRefused(
             storage.name,
             why="its place is not known well enough to change its name or its descriptor",

@@ -1,9 +1,10 @@
 """Whether enough file descriptors are left for clients once the disks are open.
 
-A disk of many files keeps one descriptor for each, and nbdkit 1.32 has three for each client: its socket and
-a pipe.  A client for whom there are too few is accepted and then neither answered nor hung up on (seen with
-1.32.5), so it waits without end.  The soft limit has been raised as far as it goes when the images were
-opened: all that can be done here is to say so at the start.
+A disk of many files keeps one descriptor for each that is written, and for others as long as there are enough
+(see storage/lent.py); nbdkit 1.32 has three for each client: its socket and a pipe.  A client for whom there
+are too few is accepted and then neither answered nor hung up on (seen with 1.32.5), so it waits without end.
+The soft limit has been raised as far as it goes when the images were opened: all that can be done here is to
+say so at the start.
 """
 
 import os

@@ -21,8 +21,11 @@ class Folder(ABC):
     read_only: str | None = None
 
     @abstractmethod
-    def open(self, name: str, *, writable: bool = False) -> Storage:
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> Storage:
         """Open the file ``name``: relative to this folder, or absolute; ``/`` separates.
+
+        ``extent`` says that it is one of the files of a disk that has perhaps more than may be open at once,
+        and not the one whose lock stands for them all: see lent.py.
 
         It is not locked: that is the caller's choice (Storage.lock).  Raises FileMissing, TrustError (outside
         what is allowed, or no regular file), WriteRefused (nothing here can be written) or StorageError.

@@ -337,4 +337,4 @@ def raise_file_limit() -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError):
-            pass  # as it was; opening will say so if it does not suffice
+            pass  # as it was; more files than that are closed in between, see lent.py

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from nbd_vmdk.errors import FileMissing, OptionError, StorageError, TrustError, VmdkError
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.storage.gate import KINDS, Gate, Refused, Walk, plain
+from nbd_vmdk.storage.lent import LentFile, must_lend
 from nbd_vmdk.storage.local import LocalFile, raise_file_limit
 
 #: Longest name taken, in bytes: PATH_MAX, beyond which no call would take it either.
@@ -20,7 +21,8 @@ class LocalFolder(Folder):
     """A folder of this machine, seen through the gate of one image.
 
     Relative names are looked for in each of ``places`` (real paths): a file that the user named by a
-    symbolic link has its companions beside the link or beside the file.
+    symbolic link has its companions beside the link or beside the file.  What is opened for reading does not
+    keep its descriptor where few are left (lent.py).
     """
 
     def __init__(self, name: str, places: tuple[str, ...], gate: Gate) -> None:
@@ -74,15 +76,15 @@ class LocalFolder(Folder):
     def label(self, name: str) -> str:
         return name if self.name == os.curdir else os.path.join(self.name, name)
 
-    def open(self, name: str, *, writable: bool = False) -> LocalFile:
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> LocalFile | LentFile:
         self._check(name)
         *others, last = self._places_for(name)
         for place in others:
             try:
-                return self._open_in(place, name, writable)
+                return self._open_in(place, name, writable, extent)
             except (FileMissing, TrustError):
                 continue
-        return self._open_in(last, name, writable)
+        return self._open_in(last, name, writable, extent)
 
     def folder_of(self, name: str) -> "LocalFolder":
         self._check(name)
@@ -109,7 +111,13 @@ class LocalFolder(Folder):
                 found.update(walk.list_folder())
         return sorted(found)
 
-    def _open_in(self, place: str, name: str, writable: bool) -> LocalFile:
+    def _open_in(self, place: str, name: str, writable: bool, extent: bool) -> LocalFile | LentFile:
+        file = self._open_file(place, name, writable)
+        if writable or file.is_device or not must_lend(file.fd, extent=extent):
+            return file
+        return LentFile(file, lambda: self._open_file(place, name, writable=False))
+
+    def _open_file(self, place: str, name: str, writable: bool) -> LocalFile:
         doing, access = ("open for writing", os.O_RDWR) if writable else ("open", os.O_RDONLY)
         with self._told(name, doing), closing(Walk(self._gate, place, name)) as walk:
             fd, is_device = walk.open_file(access)

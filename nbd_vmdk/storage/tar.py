@@ -77,7 +77,7 @@ class TarFolder(Folder):
         self._below = below
         self._found = {member.name: member for member in members}  # the last of a name counts
 
-    def open(self, name: str, *, writable: bool = False) -> Storage:
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> Storage:  # noqa: ARG002
         member = self._found.get(_resolve(self._below, name) or "")
         if member is None:
             raise FileMissing(self.label(name))

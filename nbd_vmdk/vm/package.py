@@ -51,7 +51,7 @@ class PackageFolder(Folder):
         self._points = {name: Points(limit) for name, limit in disks.items()}
         self._identities: dict[str, tuple[int, ...]] = {}
 
-    def open(self, name: str, *, writable: bool = False) -> Storage:
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> Storage:
         if writable:
             raise WriteRefused(
                 self.label(name),
@@ -59,7 +59,7 @@ class PackageFolder(Folder):
                 hint="to serve it without writing, add -r; to write, copy the disk out first",
             )
         if name not in self._points:
-            return self._base.open(name)
+            return self._base.open(name, extent=extent)
         stored = _open_stored(self._base, name)
         try:
             if stored.size < len(_GZIP) or stored.read(0, len(_GZIP)) != _GZIP:

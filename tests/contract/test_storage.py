@@ -21,6 +21,7 @@ from nbd_vmdk.errors import StorageError, Truncated, WriteRefused
 from nbd_vmdk.storage import local
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.joined import Joined
+from nbd_vmdk.storage.lent import LentFile, Pool
 from nbd_vmdk.storage.local import LocalFile, raise_file_limit
 from nbd_vmdk.storage.localfolder import LocalFolder
 from nbd_vmdk.storage.tar import tar_in
@@ -96,8 +97,26 @@ def _gunzipped(tmp_path: Path) -> Make:
     return make
 
 
+def _lent(tmp_path: Path) -> Make:
+    def make(data: bytes) -> Storage:
+        first = local_file(tmp_path / "lent", data, writable=False)
+
+        def again() -> LocalFile:
+            return LocalFile(os.open(tmp_path / "lent", os.O_RDONLY), "lent", writable=False)
+
+        pool = Pool(1)
+        _opened.append(LentFile(again(), again, pool))
+        lent = LentFile(first, again, pool)
+        _opened.append(lent)
+        pool.drop(lent)
+        return lent
+
+    return make
+
+
 READABLE = {
     "local": _local,
+    "lent": _lent,
     "memory": _memory,
     "window": _window,
     "tar": _member,

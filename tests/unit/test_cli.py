@@ -210,6 +210,11 @@ def test_whether_a_file_may_be_read_is_for_the_engine_to_say() -> None:
         (errno.ENOENT, "make a socket", "folder"),
         (errno.ENOSPC, "write", "make room"),
         (errno.EMFILE, "open", "ulimit -n"),
+        (
+            errno.EMFILE,
+            "open for writing",
+            "ulimit -n, or LimitNOFILE= in a unit; to serve it without writing",
+        ),
         (errno.EIO, "read", None),
     ],
 )
