@@ -155,11 +155,7 @@ def _open_described(
         )
     own = None if header is None or header.is_wrapper else own_line(name, lines, header)
     if opening.writable:
-        # Two lines may name one file, each in its own way.
-        names = [line.name for line in lines if line.access == "RW" and line.name]
-        written = {spelling for spelled in names for spelling in spellings(spelled)}
-        # This file is written if anything is: its descriptor gets a new content ID.
-        opening.written = frozenset(written | {name} if written else ())
+        opening.written = _written_files(opening, name, lines, own)
     has_parent = descriptor.has_parent or opening.options.parent is not None
     opening.whole = own is not None and len(lines) == 1 and not has_parent
     extents: list[LinkExtent] = []
@@ -182,6 +178,29 @@ def _open_described(
         place=DescriptorPlace(opening.storages[name], at),
         warnings=opening.warnings,
     )
+
+
+def _written_files(
+    opening: Opening, name: str, lines: list[ExtentLine], own: ExtentLine | None
+) -> frozenset[tuple[int, ...]]:
+    """The identities of the files that some line writes to, and of ``name``, in which the descriptor is.
+
+    Two lines may name one file, each in its own way, and the one that only reads it may be the first.
+    """
+    written = [line for line in lines if line.access == "RW" and line.name]
+    if not written:
+        return frozenset()
+    found = {opening.open(name).identity}  # written if anything is: it gets a new content ID
+    for line in written:
+        if line is own or line.type == "ZERO":
+            continue
+        for spelling in spellings(line.name or ""):
+            try:
+                found.add(opening.open(spelling).identity)
+            except VmdkError:
+                continue  # told when its extent is opened, unless another spelling is there
+            break
+    return frozenset(found)
 
 
 def _refuse_shared(text: Storage, extents: list[LinkExtent]) -> None:

@@ -19,18 +19,32 @@ class Opening:
     writable: bool
     warnings: list[str] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
-    #: What lines with access RW may mean: such a file is opened for writing before any extent holds it.
-    written: frozenset[str] = frozenset()
+    #: Identities of what lines with access RW mean: opened for writing before any extent holds it.
+    written: frozenset[tuple[int, ...]] = frozenset()
     #: The disk is one file without a parent, which may be appended to if it is compressed and empty.
     whole: bool = False
     #: Files with tables that an extent holds.
     tabled: set[tuple[int, ...]] = field(default_factory=set)
+    #: By which of its names each file is in ``storages``, and which one that is for its other names.
+    _names: dict[tuple[int, ...], str] = field(default_factory=dict)
+    _first: dict[str, str] = field(default_factory=dict)
 
     def open(self, name: str) -> Storage:
-        """Open a file of the link through the gate, once."""
+        """Open a file of the link through the gate, once whatever names it has.
+
+        Opened twice, its second lock would meet the first as if it were somebody else's.
+        """
+        name = self._first.get(name, name)
         if name not in self.storages:
             # The first is the file that was named, which every writer of the link locks.
-            self.storages[name] = self.folder.open(name, extent=bool(self.storages))
+            storage = self.folder.open(name, extent=bool(self.storages))
+            first = self._names.setdefault(storage.identity, name)
+            if first == name:
+                self.storages[name] = storage
+            else:
+                self._first[name] = first
+                storage.close()
+                name = first
         return self.storages[name]
 
     def open_for_writing(self, name: str) -> Storage:
@@ -38,6 +52,7 @@ class Opening:
         there = self.open(name)
         if there.writable:
             return there
+        name = self._first.get(name, name)
         storage = self.folder.open(name, writable=True)
         self.storages[name] = storage
         there.close()
@@ -47,7 +62,7 @@ class Opening:
 
     def is_written(self, name: str) -> bool:
         """Whether the file ``name`` is to be opened for writing, because some line writes to it."""
-        return name in self.written
+        return self.open(name).identity in self.written
 
     def lock(self) -> list[str]:
         """Lock every file as it was opened, or only look for writers; what is worth a warning."""

@@ -138,6 +138,33 @@ def test_lines_that_share_a_file(tmp_path: Path, lines: tuple[str, ...]) -> None
         assert disk.writable
 
 
+@pytest.mark.parametrize("other", ["./disk-flat.vmdk", "linked.vmdk", "second.vmdk"])
+@pytest.mark.parametrize("access", ["RW", "RDONLY"])
+def test_one_file_by_two_names(tmp_path: Path, other: str, access: str) -> None:
+    """Both lines write and read one open file, which is no user of itself; it opens again when closed."""
+    path = pieces(tmp_path, f'{access} 8 FLAT "{other}" 8', 'RW 8 FLAT "disk-flat.vmdk" 0')
+    flat = tmp_path / "disk-flat.vmdk"
+    (tmp_path / "linked.vmdk").symlink_to(flat.name)
+    (tmp_path / "second.vmdk").hardlink_to(flat)
+    for byte in (b"1", b"2"):
+        with open_disk(path, writable=True) as disk:
+            disk.pwrite(byte * SECTOR, 8 * SECTOR)
+            if access == "RW":
+                disk.pwrite(byte * SECTOR, 0)
+            assert disk.pread(8 * SECTOR, 0) == flat.read_bytes()[8 * SECTOR : 16 * SECTOR]
+        assert flat.read_bytes()[:SECTOR] == byte * SECTOR
+
+
+@pytest.mark.parametrize("other", ["./disk-flat.vmdk", "linked.vmdk", "second.vmdk"])
+def test_one_part_by_two_names(tmp_path: Path, other: str) -> None:
+    """That is told, and not that somebody else uses the file."""
+    path = pieces(tmp_path, 'RW 8 FLAT "disk-flat.vmdk" 0', f'RW 8 FLAT "{other}" 7')
+    (tmp_path / "linked.vmdk").symlink_to("disk-flat.vmdk")
+    (tmp_path / "second.vmdk").hardlink_to(tmp_path / "disk-flat.vmdk")
+    with pytest.raises(WriteRefused, match="more than one line of the descriptor names a part of it"):
+        open_disk(path, writable=True)
+
+
 def with_tables(folder: Path) -> Image:
     rows = [Row("RW", "SPARSE", SOME, "disk-s001.vmdk"), Row("RW", "FLAT", SOME, "disk-f002.vmdk", 0)]
     return desc.custom(str(folder), "disk", rows)
