@@ -4,6 +4,7 @@ A link knows nothing of its parent.  What it does not have it maps as HOLE; who 
 the next link (see disk.py).  Opening one is the opener's work.
 """
 
+import shlex
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -246,7 +247,11 @@ class Link:
                 parts.append((extent, entry.start, within, count))
             elif not (zeros_too and isinstance(entry.extent, ZeroExtent)):
                 what = entry.access if entry.access != "RW" else entry.extent.type_word
-                raise WriteRefused(self.name, why=f"guest bytes {offset}+{length} reach into a {what} extent")
+                raise WriteRefused(
+                    self.name,
+                    why=f"guest bytes {offset}+{length} reach into a {what} extent",
+                    hint=f"a child takes writes anywhere: nbd-vmdk snapshot create {shlex.quote(self.name)}",
+                )
         return parts
 
     def change_cid(self) -> Storage | None:

@@ -137,6 +137,7 @@ def test_ranges_that_cannot_be_written(tmp_path: Any) -> None:
             forbidden(lambda at=at: disk.trim(2, at))
         error = forbidden(lambda: disk.pwrite(b"xx", rdonly - 1))
         assert "RDONLY" in str(error)
+        assert str(error.hint).endswith(f": nbd-vmdk snapshot create {image.path}")
         assert "ZERO" in str(forbidden(lambda: disk.pwrite(b"xx", zero)))
         disk.zero(GRAIN, zero)
         disk.zero(GRAIN, zero, may_trim=True, fast=True, fua=True)
