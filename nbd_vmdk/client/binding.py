@@ -39,6 +39,9 @@ _SIZE_MINIMUM, _SIZE_PREFERRED, _SIZE_MAXIMUM = 0, 1, 2
 
 _TLS_REQUIRE = 2
 
+#: Seconds for a server to get from taking a connection to offering its export, which it may open only then.
+PATIENCE = 90.0
+
 #: The longest read or write that any server may be sent, unless it names a limit of its own (NBD protocol).
 _MAX_PAYLOAD = 32 << 20
 
@@ -139,6 +142,12 @@ def unreachable(uri: str, reason: str, number: int) -> NbdError:
         case _:
             why = reason
     return NbdError.of(uri, f"can't connect: {why}", number, hint)
+
+
+def silent(uri: str, seconds: float) -> NbdError:
+    """That something took the connection, and never said what an NBD server says."""
+    hint = "is that an NBD server? then it hangs, and its own log or a restart of it may help"
+    return NbdError.of(uri, f"no answer in {seconds:g} s", errno.ETIMEDOUT, hint)
 
 
 def describe(handle: "nbd.NBD", uri: str, name: str, description: str = "") -> Export:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from nbd_vmdk.client import binding
 from nbd_vmdk.client.binding import (
     READ,
     WRITE,
@@ -76,7 +77,8 @@ class Connection:
     async def connect(self, *, listing: bool = False) -> None:
         """Connect and negotiate; with ``listing`` only as far as a server can be asked what it offers.
 
-        Raises NbdError.  A host's name is looked up in a thread.
+        Raises NbdError, also for a server that does not answer in time.  A host's name is looked up in a
+        thread.
         """
         handle = self._handle
         if listing:
@@ -91,7 +93,10 @@ class Connection:
             raise unreachable(self.uri, in_words(error), error.errnum or errno.EIO) from error
         self._arm()
         try:
-            await self._until(handle.aio_is_negotiating if listing else handle.aio_is_ready)
+            async with asyncio.timeout(binding.PATIENCE):
+                await self._until(handle.aio_is_negotiating if listing else handle.aio_is_ready)
+        except TimeoutError:
+            raise binding.silent(self.uri, binding.PATIENCE) from None
         except NbdError as error:
             raise unreachable(self.uri, self._reason, self._number) from error
         self._settled = not listing

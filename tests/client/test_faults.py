@@ -5,6 +5,7 @@ import builtins
 import errno
 import gc
 import random
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import client
+from nbd_vmdk.client import binding
 from nbd_vmdk.errors import NbdError
 from tests.client.servers import Kit, nbdkit, run
 
@@ -176,6 +178,20 @@ def test_nobody_there(tmp_path: Path) -> None:
     assert run(attempt("nbd://localhost:1")).errno == errno.ECONNREFUSED
     assert run(attempt("disk.vmdk")).errno == errno.EINVAL
     assert run(attempt("http://localhost/")).errno == errno.EINVAL
+
+
+def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def attempt() -> None:
+        async with client.connect(f"nbd+unix:///?socket={tmp_path}/mute"):
+            pass
+
+    monkeypatch.setattr(binding, "PATIENCE", 0.3)
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(f"{tmp_path}/mute")
+        mute.listen()
+        with pytest.raises(NbdError, match=r"mute: no answer in 0\.3 s") as caught:
+            run(attempt())
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def test_no_such_export() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nbd_vmdk import Work, convert, open_disk
+from nbd_vmdk.client import binding
 from nbd_vmdk.errors import NbdError, StorageError
 from tests.convert import raw_file
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -22,17 +27,17 @@ pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit i
 @contextmanager
 def nbdkit(folder: Path, *words: str) -> Iterator[str]:
     """A server on a unix socket, for as long as it is needed; its URI."""
-    socket, pid = folder / "sock", folder / "pid"
-    process = subprocess.Popen(["nbdkit", "-f", "-U", str(socket), "-P", str(pid), *words])
+    path, pid = folder / "sock", folder / "pid"
+    process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), "-P", str(pid), *words])
     try:
         deadline = time.monotonic() + 10
         while not pid.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        yield f"nbd+unix:///?socket={socket}"
+        yield f"nbd+unix:///?socket={path}"
     finally:
         process.terminate()
         process.wait()
-        socket.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         pid.unlink(missing_ok=True)
 
 
@@ -104,6 +109,43 @@ def test_no_server(tmp_path: Path) -> None:
     with pytest.raises(NbdError, match="can't connect: No such file") as caught:
         convert(uri, tmp_path / "b.vmdk")
     assert f"is the server running? nbdinfo '{uri}'" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("to_it", [True, False])
+def test_a_server_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, to_it: bool) -> None:
+    monkeypatch.setattr(binding, "PATIENCE", 0.3)
+    uri = f"nbd+unix:///?socket={tmp_path}/mute"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(f"{tmp_path}/mute")
+        mute.listen()
+        source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+        with pytest.raises(NbdError, match=r"no answer in 0\.3 s") as caught:
+            convert(*((source, uri) if to_it else (uri, tmp_path / "b.vmdk")))
+    assert caught.value.file == uri
+    assert "is that an NBD server?" in str(caught.value.hint)
+    assert not (tmp_path / "b.vmdk").exists()
+
+
+def test_a_server_that_never_answers_is_left_when_asked_to(tmp_path: Path) -> None:
+    """Waiting in libnbd, no signal would be heard."""
+    words = [sys.executable, "-m", "nbd_vmdk", "convert", f"nbd+unix:///?socket={tmp_path}/mute"]
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(f"{tmp_path}/mute")
+        mute.listen()
+        process = subprocess.Popen([*words, str(tmp_path / "b.vmdk")])
+        with mute.accept()[0]:
+            process.terminate()
+            assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_a_server_that_hangs_up_at_once(tmp_path: Path) -> None:
+    uri = f"nbd+unix:///?socket={tmp_path}/curt"
+    with socket.socket(socket.AF_UNIX) as curt, ThreadPoolExecutor(1) as pool:
+        curt.bind(f"{tmp_path}/curt")
+        curt.listen()
+        pool.submit(lambda: curt.accept()[0].close())
+        with pytest.raises(NbdError, match=r"can't connect: .*disconnected"):
+            convert(uri, tmp_path / "b.vmdk")
 
 
 def test_size_that_is_no_number_of_blocks(tmp_path: Path) -> None:
