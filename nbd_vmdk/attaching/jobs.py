@@ -58,11 +58,23 @@ def run_folder() -> str:
 
 
 @contextlib.contextmanager
-def alone(folder: str) -> Iterator[None]:
-    """Let nobody else start or end a job meanwhile."""
-    handle = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _told(path: str, doing: str) -> Iterator[None]:
+    """Say of an error of the system which file it was met in."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        raise StorageError.of(error, path, doing) from error
+
+
+@contextlib.contextmanager
+def alone(folder: str) -> Iterator[None]:
+    """Let nobody else start or end a job meanwhile; StorageError if its lock can't be had."""
+    path = os.path.join(folder, "lock")
+    with _told(path, "lock"):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with _told(path, "lock"):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -105,7 +117,8 @@ class Job:
     def stop(self) -> None:
         """Ask it to end; its disk is closed cleanly."""
         if self.alive:
-            os.killpg(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.killpg(self.pid, signal.SIGTERM)
 
     def finish(self, timeout: float = STOP_TIMEOUT) -> list[str]:
         """Wait until it has ended, and forget it; what it warned of meanwhile.
@@ -121,18 +134,29 @@ class Job:
         lines, code = self.said(), self.code
         shutil.rmtree(self.folder, ignore_errors=True)
         if code != 0:
-            raise _failure(lines, f"the server ended with code {code}" if code else "the server was killed")
+            why = f"the server ended with code {code}" if code else "the server was killed"
+            raise _failure(self, lines, why)
         return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
 
 
 def find_job(name: str) -> Job | None:
-    """The job of this name, running or not."""
+    """The job of this name, running or not; StorageError if what was noted of it can't be read.
+
+    Notes that make no sense were cut off by a full disk or a power cut: then nothing is known of it.
+    """
     folder = os.path.join(run_folder(), name)
+    path = os.path.join(folder, "job.json")
     try:
-        with open(os.path.join(folder, "job.json")) as file:
-            return Job(folder, json.load(file))
-    except (OSError, ValueError):
+        with _told(path, "read"), open(path, "rb") as file:
+            facts = json.loads(file.read())
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    except (ValueError, RecursionError):
         return None
+    known = isinstance(facts, dict) and isinstance(facts.get("pid"), int) and "birth" in facts
+    return Job(folder, facts) if known else None
 
 
 def start_job(
@@ -145,17 +169,16 @@ def start_job(
     """Start ``command`` as the job ``name``; return once it is ``ready``.
 
     ``uri`` is what the command is to reach, where that is somebody else's.  Raises NbdError if it says that
-    it did not, ServerError with its own words if it ends otherwise; and then leaves nothing behind.
+    it did not, or says nothing, ServerError with its own words if it ends otherwise, and StorageError; and
+    then leaves nothing behind.
     """
     folder = os.path.join(run_folder(), name)
     earlier = find_job(name)
     if earlier is not None and earlier.alive:
         raise InUse(None, how=f"process {earlier.pid} serves {earlier.facts.get('image')}")
     shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with _told(folder, "make a folder"):
         os.mkdir(folder, mode=0o700)
-    except OSError as error:
-        raise StorageError.of(error, folder, "make a folder") from error
     log = os.path.join(folder, "log")
     opened = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -163,10 +186,13 @@ def start_job(
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     words = ["/bin/sh", "-c", _WAIT, "sh", folder, *command]
-    pid = os.posix_spawn("/bin/sh", words, os.environ, file_actions=opened, setsid=True)
+    try:
+        with _told(log, "start a process that writes"):
+            pid = os.posix_spawn("/bin/sh", words, os.environ, file_actions=opened, setsid=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     job = Job(folder, {**facts, "pid": pid, "birth": _birth(pid)})
-    with open(os.path.join(folder, "job.json"), "w") as file:
-        json.dump(dict(job.facts), file)
     ended = False
 
     def over() -> bool:
@@ -175,6 +201,9 @@ def start_job(
         return ended or ready()
 
     try:
+        note = os.path.join(folder, "job.json")
+        with _told(note, "write"), open(note, "w") as file:
+            json.dump(dict(job.facts), file)
         in_time = wait_for(over, START_TIMEOUT)
     except BaseException:
         _give_up(job, ended=ended)
@@ -182,8 +211,14 @@ def start_job(
     if ended or not in_time:
         lines = job.said()
         _give_up(job, ended=ended)
+        if uri and (error := unreached(uri, lines)):
+            raise error
+        if uri and not ended and not any(map(_ERROR.match, lines)):
+            from nbd_vmdk.client.binding import silent  # seldom needed, and slow to import
+
+            raise silent(uri, START_TIMEOUT)
         otherwise = "it ended at once" if ended else f"nothing happened in {START_TIMEOUT:g} s"
-        raise (uri and unreached(uri, lines)) or _failure(lines, otherwise)
+        raise _failure(job, lines, otherwise)
     return job
 
 
@@ -207,13 +242,15 @@ def _give_up(job: Job, *, ended: bool) -> None:
     shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _failure(lines: Sequence[str], otherwise: str) -> ServerError:
-    """What the last line with an error says, or else the last line at all."""
+def _failure(job: Job, lines: Sequence[str], otherwise: str) -> ServerError:
+    """What the last line with an error says, or else of what is served that, and the last line at all."""
     errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
     if errors:
         return ServerError(None, why=errors[-1], hint=hints[-1] if hints else None)
-    return ServerError(None, why=f"{otherwise} ({lines[-1]})" if lines else otherwise)
+    image = job.facts.get("image")
+    why = f"{otherwise} ({lines[-1]})" if lines else otherwise
+    return ServerError(image if isinstance(image, str) else None, why=why)
 
 
 def _birth(pid: int) -> str | None:

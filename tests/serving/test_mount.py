@@ -10,13 +10,14 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbd_vmdk import open_disk
 from nbd_vmdk.attaching import jobs, mounts
 from nbd_vmdk.cli import main
-from nbd_vmdk.errors import DeviceError
+from nbd_vmdk.errors import DeviceError, StorageError
 from tests.serving import served, vmdk
 from tests.serving.conftest import MIB, Tls
 
@@ -171,3 +172,66 @@ def test_a_run_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / name).symlink_to("elsewhere")
     with pytest.raises(DeviceError, match="somebody else"):
         jobs.run_folder()
+
+
+@real
+def test_a_uri_that_never_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "START_TIMEOUT", 0.5)
+    uri = f"nbd+unix:///?socket={tmp_path}/mute"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(f"{tmp_path}/mute")
+        mute.listen()
+        assert main(["mount", uri, str(folder)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {uri}: no answer in 0.5 s\nhint: ")
+    assert not os.path.ismount(folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(jobs, "ROOT_FOLDER", str(tmp_path / "nbd-vmdk-jobs"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return Path(jobs.run_folder())
+
+
+@pytest.mark.parametrize(
+    "notes", [b"", b"{", b"[]", b"7", b'{"pid": 1}', b'{"pid": "x", "birth": 1}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_notes_of_a_job_that_make_no_sense(run_folder: Path, folder: Path, notes: bytes) -> None:
+    job = run_folder / mounts._name(str(folder))
+    job.mkdir()
+    (job / "job.json").write_bytes(notes)
+    with pytest.raises(DeviceError, match="nothing is mounted"):
+        mounts.umount(str(folder))
+
+
+def test_files_of_a_job_that_can_not_be_had(run_folder: Path, folder: Path) -> None:
+    (run_folder / mounts._name(str(folder)) / "job.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"job\.json: read: Is a directory"):
+        mounts.umount(str(folder))
+    (run_folder / "lock").unlink()
+    (run_folder / "lock").mkdir()
+    with pytest.raises(StorageError, match="lock: lock: Is a directory"):
+        mounts.umount(str(folder))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_job_of_which_nothing_can_be_noted(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended, and not left to run without anybody who could end it."""
+    started = []
+
+    def spawn(*args: Any, **kwargs: Any) -> int:
+        (run_folder / "job" / "job.json").symlink_to("/dev/full")
+        started.append(os_spawn(*args, **kwargs))
+        return started[0]
+
+    os_spawn = os.posix_spawn
+    monkeypatch.setattr(jobs.os, "posix_spawn", spawn)
+    with pytest.raises(StorageError, match=r"job/job\.json: write: No space left") as caught:
+        jobs.start_job("job", ["sleep", "100"], lambda: True, {"image": "x"})
+    assert "make room" in str(caught.value.hint)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+    assert not (run_folder / "job").exists()
