@@ -198,12 +198,16 @@ class TrustError(VmdkError):
     template = "{name}: {why}"
 
 
+#: What is done where reading alone is wanted.
+_READING = ("open", "read", "list", "look at", "open, to see whether it is in use,")
+
+
 def _what_to_do(number: int | None, doing: str) -> str | None:
     """The hint for this errno, met while ``doing`` something; None where nothing always helps."""
     match number, doing:
         case (_errno.EACCES | _errno.EPERM | _errno.EROFS, "open for writing"):
             return "to serve it without writing, add -r"
-        case (_errno.EACCES, "open"):
+        case (_errno.EACCES, word) if word in _READING:
             return "do it as a user who may read it, or let its owner change that with chmod"
         case (_errno.EACCES, "listen"):
             return "ports below 1024 are root's: choose another"
@@ -214,6 +218,18 @@ def _what_to_do(number: int | None, doing: str) -> str | None:
         case (_errno.EMFILE, _):
             more = "let it have more files open: ulimit -n, or LimitNOFILE= in a unit"
             return f"{more}; to serve it without writing, add -r" if doing == "open for writing" else more
+        case (_errno.EACCES | _errno.EPERM, _):
+            return "do it as a user who may write to that folder, or choose another one"
+        case (_errno.EROFS, _):
+            return "its file system is there for reading only: choose another folder"
+        case (_errno.ENAMETOOLONG, _):
+            return "choose a shorter name: 255 bytes is what file systems take"
+        case (_errno.ENOTDIR, _):
+            return "what its name has as a folder is a file: is there a word too much in it?"
+        case (_errno.EISDIR, _):
+            return "that is a folder: name a file"
+        case (_errno.ELOOP, _):
+            return "symbolic links lead to each other there: name the file that is meant"
     return None
 
 

@@ -23,6 +23,7 @@ import pytest
 from nbd_vmdk.cli import main, output, root
 from nbd_vmdk.cli.opening import ImagePath
 from nbd_vmdk.errors import BadField, InUse, NotVmdk, ParentNotFound, StorageError
+from nbd_vmdk.ops.snapshot.files import writable_wanted
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,6 +208,15 @@ def test_whether_a_file_may_be_read_is_for_the_engine_to_say() -> None:
         (errno.EACCES, "open", "a user who may read it"),
         (errno.EACCES, "open for writing", "-r"),
         (errno.EACCES, "listen", "1024"),
+        (errno.EACCES, "list", "a user who may read it"),
+        (errno.EACCES, "make new files in its folder", "a user who may write to that folder"),
+        (errno.EPERM, "create", "a user who may write to that folder"),
+        (errno.EROFS, "create", "choose another folder"),
+        (errno.EROFS, "open for writing", "-r"),
+        (errno.ENAMETOOLONG, "create", "a shorter name"),
+        (errno.ENOTDIR, "open", "is a file"),
+        (errno.EISDIR, "write", "name a file"),
+        (errno.ELOOP, "open", "symbolic links"),
         (errno.ENOENT, "make a socket", "folder"),
         (errno.ENOSPC, "write", "make room"),
         (errno.EMFILE, "open", "ulimit -n"),
@@ -221,6 +231,15 @@ def test_whether_a_file_may_be_read_is_for_the_engine_to_say() -> None:
 def test_what_the_system_refuses_has_a_hint(number: int, doing: str, hint: str | None) -> None:
     found = StorageError.of(OSError(number, os.strerror(number)), "x.vmdk", doing).hint
     assert found is None if hint is None else hint in (found or "")
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.EACCES, "chmod u+w x.vmdk"), (errno.EROFS, "clone")])
+def test_what_must_be_written_and_can_not_be(number: int, hint: str) -> None:
+    """Nobody helps himself to a file system that is there for reading only with chmod."""
+    refused = OSError(number, os.strerror(number))
+    with pytest.raises(StorageError) as caught, writable_wanted():
+        raise StorageError.of(refused, "x.vmdk", "open for writing") from refused
+    assert hint in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Opening, pointing and removing links: what merging, moving and deleting have in common."""
 
+import errno
 import logging
 import os
 import shlex
@@ -206,7 +207,10 @@ def writable_wanted() -> Iterator[None]:
         raise
     except StorageError as error:
         if error.hint is not None and error.hint.endswith("add -r"):
-            error.hint = f"if it was protected on purpose, leave it; else: chmod u+w {error.file}"
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
+                error.hint = "its file system is there for reading only: nbd-vmdk clone copies elsewhere"
+            else:
+                error.hint = f"if it was protected on purpose, leave it; else: chmod u+w {error.file}"
         raise
 
 
