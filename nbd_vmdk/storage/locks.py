@@ -82,16 +82,23 @@ def vmware_lock(folder: Folder, name: str) -> str | None:
     """
     lock = f"{name}.lck"
     try:
-        held = bool(folder.folder_of(f"{lock}/owner").names())
+        users = folder.folder_of(f"{lock}/owner")
+        try:
+            held = bool(users.names())
+        except StorageError as error:
+            held = _number(error) == errno.EACCES  # it is there, and we may not list it
     except FileMissing:
         return None
     except TrustError:
         held = True  # a link to where we may not look
     except StorageError as error:
-        cause = error.__cause__
-        # Not a folder, or one that we may not list.
-        held = isinstance(cause, OSError) and cause.errno in (errno.ENOTDIR, errno.EACCES)
+        # Where we may not look into the disk's own folder, nothing is known, and opening the disk will tell.
+        held = _number(error) == errno.ENOTDIR
     return f"VMware's lock {lock} is there" if held else None
+
+
+def _number(error: StorageError) -> int | None:
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 
 def check_vmware_lock(folder: Folder, name: str, label: str) -> None:

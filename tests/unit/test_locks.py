@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbd_vmdk.errors import InUse, StorageError
-from nbd_vmdk.storage import locks
+from nbd_vmdk.storage import gate, locks
 from nbd_vmdk.storage.base import Storage
 from nbd_vmdk.storage.local import LocalFile
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -311,3 +312,20 @@ def test_vmware_locks(tmp_path: Path) -> None:
     assert locks.vmware_lock(folder, "x" * 255) is None
     (tmp_path / "evil.vmdk.lck").symlink_to("/etc")
     assert locks.vmware_lock(folder, "evil.vmdk") == "VMware's lock evil.vmdk.lck is there"
+
+
+@pytest.mark.parametrize("at", ["folder", "lock"])
+def test_a_lock_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """In a folder that we may not search there may be anything, also no disk: that is for opening to tell."""
+    folder, _ = LocalFolder.for_image(tmp_path / "disk.vmdk")
+    (tmp_path / "disk.vmdk.lck").mkdir()
+    refused = "disk.vmdk.lck" if at == "folder" else os.curdir
+    os_open = os.open
+
+    def fail(path: str, *args: Any, **kwargs: Any) -> int:
+        if path == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(gate.os, "open", fail)
+    assert bool(locks.vmware_lock(folder, "disk.vmdk")) is (at == "lock")
