@@ -79,12 +79,20 @@ class LocalFolder(Folder):
     def open(self, name: str, *, writable: bool = False, extent: bool = False) -> LocalFile | LentFile:
         self._check(name)
         *others, last = self._places_for(name)
+        refused: TrustError | None = None
         for place in others:
             try:
                 return self._open_in(place, name, writable, extent)
-            except (FileMissing, TrustError):
+            except FileMissing:
                 continue
-        return self._open_in(last, name, writable, extent)
+            except TrustError as error:
+                refused = refused or error
+        try:
+            return self._open_in(last, name, writable, extent)
+        except FileMissing:
+            if refused is not None:
+                raise refused from None  # it is there, in the other place
+            raise
 
     def folder_of(self, name: str) -> "LocalFolder":
         self._check(name)
@@ -161,6 +169,12 @@ class LocalFolder(Folder):
     def _refusal(self, name: str, why: str, hint: str | None = None) -> TrustError:
         # The image that the user named is to blame, unless it is itself what can't be opened.
         image = None if self.label(name) == self._gate.image else self._gate.image
+        if hint is None:
+            hint = (
+                "name a file that holds a disk, or the folder of a machine that has one"
+                if image is None
+                else "what names that is wrong, or was tampered with: get the image again, or mend its text"
+            )
         return TrustError(image, name=plain(name if image else self._gate.image) or "''", why=why, hint=hint)
 
 

@@ -298,6 +298,17 @@ def test_a_link_to_nothing_is_a_missing_image(tree: Path) -> None:
         assert caught.value.file == str(link)
 
 
+@pytest.mark.parametrize("what", ["folder", "pipe", "character device"])
+def test_a_link_to_what_is_no_file(tree: Path, what: str) -> None:
+    """It is there, and told as what it is: in the folder that it leads to nothing has the link's name."""
+    os.mkfifo(tree / "other/pipe")
+    places = {"folder": tree / "other", "pipe": tree / "other/pipe", "character device": Path("/dev/null")}
+    (tree / "vm/link.vmdk").symlink_to(places[what])
+    with pytest.raises(TrustError, match=f"link.vmdk: a {what}, not a file") as caught:
+        opened(tree / "vm/link.vmdk")
+    assert "name a file that holds a disk" in (caught.value.hint or "")
+
+
 def test_images_that_can_not_be(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     for path in ("", "a\0b", "\ud800"):
