@@ -5,7 +5,7 @@ import re
 import shlex
 from typing import Final
 
-from nbd_vmdk.errors import FormatError, NotVmdk, VmdkError, printable
+from nbd_vmdk.errors import FileMissing, FormatError, NotVmdk, VmdkError, printable
 from nbd_vmdk.extents.stream import has_footer
 from nbd_vmdk.look import EXTENT_SUFFIX, find_owner, read_descriptor
 from nbd_vmdk.ondisk import hosted
@@ -17,6 +17,8 @@ from nbd_vmdk.units import SECTOR
 
 _SIZE_HINT: Final = "serve it with the descriptor that belongs to it"
 _FROM_RAW: Final = "of a raw disk a VMDK is made by: nbd-vmdk convert --from raw FILE new.vmdk"
+#: How much alike two names must be for the one to be a slip of the other.
+_ALIKE: Final = 0.8
 #: What ends the first sector of a disk that a PC boots from, or that has partitions.
 _BOOT_AT: Final = 510
 _BOOT: Final = b"\x55\xaa"
@@ -53,6 +55,8 @@ def refusal(folder: Folder, name: str, storage: Storage, kind: FileKind, head: b
             hint = f"a copy that was not finished looks so: get it again; {_FROM_RAW}"
         elif hint is None and storage.size % SECTOR == 0 and head[_BOOT_AT : _BOOT_AT + 2] == _BOOT:
             what, hint = "a raw disk, by its boot sector", _FROM_RAW
+        elif hint is None:
+            hint = "is it the right file? the command 'file' may tell what it is"
     return NotVmdk(storage.name, what=what, hint=hint and hint.replace("FILE", shlex.quote(storage.name)))
 
 
@@ -89,6 +93,25 @@ def advise_late(error: VmdkError) -> None:
     if read_descriptor(folder, name) is None:
         name = find_owner(folder, name) or name
     advise(error, folder, name)
+
+
+def suggest(error: FileMissing) -> None:
+    """Say what is there instead of a file that somebody named, if nothing else was said."""
+    if error.hint is not None or not error.file:
+        return
+    from difflib import get_close_matches  # seldom needed
+
+    folder, name = os.path.split(error.file.rstrip("/"))
+    shown = shlex.quote(folder or os.curdir)
+    hint = f"is the name right? 'ls {shown}' shows what is there"
+    try:
+        if os.path.islink(error.file):
+            hint = f"it is a symbolic link to {os.readlink(error.file)}, and nothing is there"
+        elif close := get_close_matches(name, os.listdir(folder or os.curdir), 1, _ALIKE):
+            hint = f"there is {shlex.quote(os.path.join(folder, close[0]))}: is that meant?"
+    except (OSError, ValueError):
+        return  # the folder is not there either, may not be listed, or is an archive
+    error.hint = printable(hint)
 
 
 def _unmendable(error: VmdkError) -> None:

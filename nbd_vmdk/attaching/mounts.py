@@ -65,7 +65,8 @@ def umount(folder: str) -> list[str]:
         job = find_job(_name(path))
         if not _mounted(path):
             if job is None:
-                raise DeviceError(folder, why="nothing is mounted there")
+                hint = "'findmnt -t fuse' shows where something is"
+                raise DeviceError(folder, why="nothing is mounted there", hint=hint)
             return job.finish()  # somebody else unmounted it
         if job is None and not os.path.lexists(os.path.join(path, FILE)):
             raise DeviceError(folder, why="what is mounted there is no disk of ours")

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import click
 
-from nbd_vmdk.errors import VmdkError, printable
+from nbd_vmdk.errors import FileMissing, VmdkError, printable
 
 #: The version of the layout of all JSON that the command line prints.
 SCHEMA = 1
@@ -86,7 +86,14 @@ def message(word: str, text: str) -> None:
 
 
 def advised(error: VmdkError) -> VmdkError:
-    """An error that may have come up in reading, with the disk's name where its hint has room for that."""
+    """An error with what is known only now: the disk's name where its hint has room for that.
+
+    Reading may have met it, or nobody thought of what is there instead of a file.
+    """
+    if isinstance(error, FileMissing):
+        from nbd_vmdk.refusal import suggest  # seldom needed
+
+        suggest(error)
     if error.hint is not None and "IMAGE" in error.hint:
         from nbd_vmdk.refusal import advise_late  # seldom needed
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import follow_chain
-from nbd_vmdk.errors import VmdkError
+from nbd_vmdk.errors import FileMissing, VmdkError
 from nbd_vmdk.extents.base import Extent
 from nbd_vmdk.extents.cowd import CowdExtent
 from nbd_vmdk.extents.hosted import HostedExtent
@@ -24,6 +24,7 @@ from nbd_vmdk.ondisk.hosted import parse_header
 from nbd_vmdk.ondisk.probe import FileKind, identify
 from nbd_vmdk.opener import own_line
 from nbd_vmdk.options import OpenOptions
+from nbd_vmdk.refusal import suggest
 from nbd_vmdk.storage.folder import Folder
 from nbd_vmdk.units import MIB, SECTOR
 from nbd_vmdk.vm import FoundDisk, find_disks, locate
@@ -51,7 +52,7 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     try:
         found = locate(path, allow_dirs=chosen.allow_dirs, allow_devices=chosen.allow_devices)
     except VmdkError as error:
-        return facts | _several(path, chosen) | {"error": error.as_dict()}
+        return facts | _several(path, chosen) | {"error": _told(error)}
     folder, name = found.folder, found.file
     fault: VmdkError | None = None
     try:
@@ -70,8 +71,14 @@ def image_info(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     if found.warnings:
         facts["warnings"] = [*found.warnings, *facts.get("warnings", ())]
     if fault is not None:
-        facts["error"] = fault.as_dict()
+        facts["error"] = _told(fault)
     return facts
+
+
+def _told(fault: VmdkError) -> dict[str, object]:
+    if isinstance(fault, FileMissing):
+        suggest(fault)
+    return fault.as_dict()
 
 
 def _several(path: str | os.PathLike[str], options: OpenOptions) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def _in_folder(folder: LocalFolder) -> list[FoundDisk]:
     if not tops:
         names = sorted(folder.names(), key=natural)
         others = [name for name in names if name.lower().endswith((*_MACHINES, ".ova", ".ovf"))]
-        hint = f"there is {folder.label(others[0])}: name that" if others else None
+        hint = "name a .vmdk, or the folder that has one"
+        if others:
+            hint = f"there is {folder.label(others[0])}: name that"
         raise NotVmdk(folder.name, what="a folder without a disk in it", hint=hint)
     found = _each_once(
         [FoundDisk(folder, name, folder.label(name), alone=folder.label(name)) for name in tops]

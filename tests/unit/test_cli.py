@@ -233,6 +233,33 @@ def test_what_the_system_refuses_has_a_hint(number: int, doing: str, hint: str |
     assert found is None if hint is None else hint in (found or "")
 
 
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("dsk.vmdk", "there is disk.vmdk: is that meant?"),
+        ("sub/dsk.vmdk", "there is sub/disk.vmdk: is that meant?"),
+        ("other.vmdk", "'ls .' shows what is there"),
+        ("no folder/disk.vmdk", "'ls .' shows what is there"),
+        ("link.vmdk", "a symbolic link to no\\x0awhere, and nothing is there"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["info", "check", "compare", "serve"])
+def test_what_is_there_instead(
+    named: str, hint: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("disk.vmdk", "sub/disk.vmdk"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.vmdk").symlink_to("no\nwhere")
+    assert main([verb, named, *([named] if verb == "compare" else [])]) in (1, 2)
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("error: ")
+    assert said[0].endswith(": no such file")
+    assert said[1].startswith("hint: ")
+    assert said[1].endswith(hint)
+
+
 @pytest.mark.parametrize(("number", "hint"), [(errno.EACCES, "chmod u+w x.vmdk"), (errno.EROFS, "clone")])
 def test_what_must_be_written_and_can_not_be(number: int, hint: str) -> None:
     """Nobody helps himself to a file system that is there for reading only with chmod."""
@@ -739,7 +766,8 @@ def test_a_fault_is_told_before_anything_starts(launcher: Path, tmp_path: Path) 
         check=False,
         cwd=tmp_path,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: gone.vmdk: no such file\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: gone.vmdk: no such file\nhint: ")
 
 
 class Terminal:
