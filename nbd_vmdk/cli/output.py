@@ -29,8 +29,14 @@ _COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan", "note": "blue"}
 def prepare() -> None:
     """Let file names that are no valid text pass through as the bytes they are.
 
-    A stream that was closed before we came (``>&-``) takes what is written to nowhere.
+    A stream that was closed before we came (``>&-``) takes what is written to nowhere.  Its descriptor is
+    taken, too: an image that got it would get what a library prints, and a program that we start has none.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it lives as long as we

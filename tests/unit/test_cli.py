@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,6 +259,21 @@ def test_what_is_there_instead(
     assert said[0].endswith(": no such file")
     assert said[1].startswith("hint: ")
     assert said[1].endswith(hint)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path, closed: str) -> None:
+    """What a library prints, as libnbd with LIBNBD_DEBUG=1, would go into it."""
+    code = (
+        "import os, sys; from nbd_vmdk.cli import output; output.prepare(); "
+        "fd = os.open('file', os.O_RDWR | os.O_CREAT); "
+        "os.write(fd, b'%d %r' % (fd, [os.get_inheritable(each) for each in range(3)]))"
+    )
+    words = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    subprocess.run(["sh", "-c", words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    number, inherited = (tmp_path / "file").read_text().split(" ", 1)
+    assert int(number) > 2
+    assert inherited == "[True, True, True]"
 
 
 @pytest.mark.parametrize(("number", "hint"), [(errno.EACCES, "chmod u+w x.vmdk"), (errno.EROFS, "clone")])
