@@ -512,3 +512,15 @@ def test_files_are_called_as_the_user_does(
     (tmp_path / "in" / "x.vmdk").symlink_to(f"../out/{BASE}")
     assert main(["delete", "x.vmdk", "--dry-run"]) == 0
     assert capsys.readouterr().out == f"to be removed: {tmp_path}/out/{BASE}\n"
+
+
+def test_change_tracking_that_can_not_be_read(tmp_path: Path, elsewhere: Path) -> None:
+    """Where it has to be copied; the error names it, and nothing has been moved."""
+    text = make(tmp_path, "monolithicFlat", SIZE, name="a.vmdk")
+    (tmp_path / "a-ctk.vmdk").mkdir()
+    text.write_text(text.read_text().replace("# Extent", 'changeTrackPath="a-ctk.vmdk"\n# Extent'))
+    before = names_in(tmp_path)
+    with pytest.raises(StorageError, match=r"a-ctk\.vmdk: read: Is a directory"):
+        rename(text, elsewhere)
+    assert names_in(tmp_path) == before
+    assert names_in(elsewhere) == set()

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.errors import FileExists, FileMissing, OptionError, WriteRefused
+from nbd_vmdk.errors import FileExists, FileMissing, OptionError, StorageError, WriteRefused
 from nbd_vmdk.link import Link
 from nbd_vmdk.look import find_owner, read_descriptor
 from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
@@ -210,11 +210,7 @@ class _Renaming:
     def _is_left(self, old: str, new: str) -> bool:
         """Whether ``new`` is a copy of the extent ``old`` that nothing names: an earlier attempt's."""
         name = os.path.basename(new)
-        is_left = (
-            name != self._name
-            and find_owner(self._target, name) is None
-            and filecmp.cmp(old, new, shallow=False)
-        )
+        is_left = name != self._name and find_owner(self._target, name) is None and _is_equal(old, new)
         if is_left:
             self._left.append(new)
         return is_left
@@ -236,8 +232,8 @@ class _Renaming:
                 copier.link(self._opened, self._names, self._descriptor)
                 for old, path in self._moves[:-1]:
                     if not os.path.lexists(new.path(os.path.basename(path))):
-                        with open(old, "rb") as tracking:  # some kilobytes that no extent line names
-                            copier.text(old, os.path.basename(path), tracking.read())
+                        # Some kilobytes that no extent line names: those of change tracking.
+                        copier.text(old, os.path.basename(path), _content(old))
                 new.publish(main=self._name)
         for child, file in zip(self._children, self._child_files, strict=True):
             cid = child.descriptor.parent_cid
@@ -306,6 +302,22 @@ def _finish(source: str, path: str, *, dry_run: bool) -> Renamed:
             drop_name(old, new)
         files.remove_files(left)
     return found
+
+
+def _content(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise StorageError.of(error, path, "read") from error
+
+
+def _is_equal(one: str, two: str) -> bool:
+    """Whether both files can be read, and hold the same."""
+    try:
+        return filecmp.cmp(one, two, shallow=False)
+    except OSError:
+        return False
 
 
 def _is_same(one: str, two: str) -> bool:
