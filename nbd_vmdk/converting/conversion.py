@@ -47,7 +47,7 @@ class Converted:
     size      bytes of the disk
     data      bytes of it that were written as data; the rest is zeros, or was there before
     shared    bytes of those that were not written: they are in blocks that the source has as well
-    occupied  bytes that the target's files really occupy, None where it is no file
+    occupied  bytes that the target's files really occupy, None where it is no file, or is gone already
     verified  it was read back and compared with its source
     notes     what was chosen for a new VMDK, and why
     warnings  what was odd but harmless
@@ -328,5 +328,9 @@ def _cids_hold(disk: Disk, options: Mapping[str, Any]) -> bool:
     return all(link.descriptor is not None and link.descriptor.has_parent for link in disk.links[:-1])
 
 
-def _occupied(files: Iterable[str]) -> int:
-    return sum(os.stat(file).st_blocks for file in files) * SECTOR  # whatever the file system's block is
+def _occupied(files: Iterable[str]) -> int | None:
+    """Bytes that the files made occupy; None if somebody has taken one of them away already."""
+    try:
+        return sum(os.stat(file).st_blocks for file in files) * SECTOR  # whatever the file system's block is
+    except OSError:
+        return None

@@ -23,6 +23,7 @@ import nbd_vmdk
 from nbd_vmdk import VmdkError, Work, convert, create_image, open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.cli.convert import convert as command
+from nbd_vmdk.converting import conversion
 from nbd_vmdk.errors import Difference, FileExists, NotVmdk, OptionError, StorageError, WriteRefused
 from nbd_vmdk.extents.streamwriter import StreamWriter
 from nbd_vmdk.ops import convert as converting
@@ -546,3 +547,19 @@ def test_corpus(corpus: Any, entry: Entry, tmp_path: Path) -> None:
 def test_numbers_that_can_not_be(wrong: dict[str, int]) -> None:
     with pytest.raises(OptionError, match=r"level of deflating|threads must"):
         Work(**wrong)  # type: ignore[arg-type]  # the other fields are no numbers
+
+
+def test_a_result_that_somebody_takes_away_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was made; how much space it takes is nobody's to say any more."""
+    source = raw_file(tmp_path / "a.raw", Content.random(MIB, 1))
+
+    def taken(*args: Any) -> Any:
+        made = write_raw(*args)
+        (tmp_path / "b.raw").rename(tmp_path / "c.raw")
+        return made
+
+    write_raw = conversion.write_raw
+    monkeypatch.setattr(conversion, "write_raw", taken)
+    done = convert(source, tmp_path / "b.raw")
+    assert done.occupied is None
+    assert (tmp_path / "c.raw").read_bytes() == Path(source).read_bytes()
