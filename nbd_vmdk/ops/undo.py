@@ -184,7 +184,10 @@ class Undo:
             at += piece.old + piece.new
 
     def _bytes(self, at: int, length: int) -> bytes:
-        data = os.pread(self._fd, length, at)
+        try:
+            data = os.pread(self._fd, length, at)
+        except OSError as error:
+            raise StorageError.of(error, self.path, "read") from error
         if len(data) != length:
             raise FormatError(self.path, why="an undo file that became shorter")
         return data

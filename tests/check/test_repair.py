@@ -22,6 +22,7 @@ from nbd_vmdk.errors import FileMissing, FormatError, InUse, NotVmdk, OptionErro
 from nbd_vmdk.opening import open_disk
 from nbd_vmdk.ops.check.runner import check_image
 from nbd_vmdk.ops.repair import apply_repair, plan_repair, undo_repair
+from nbd_vmdk.ops.undo import Undo
 from nbd_vmdk.storage.local import LocalFile
 from tests.breaking import (
     BREAKS,
@@ -284,6 +285,19 @@ def test_undo_refuses_a_changed_image(tmp_path: Path) -> None:
         undo_repair(image.path)
     cut(image.path, -1)
     undo_repair(image.path)
+
+
+def test_undo_file_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = broken_image(tmp_path)
+    apply_repair(image.path)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Undo(f"{image.path}.undo") as undo:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(StorageError, match=r"\.undo: read: Input/output error"):
+            list(undo.pieces(undo.files[0]))
 
 
 def test_undo_file_must_be_whole(tmp_path: Path) -> None:
