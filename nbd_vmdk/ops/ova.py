@@ -20,7 +20,7 @@ from nbd_vmdk.ondisk.descriptor import Descriptor
 from nbd_vmdk.ondisk.hosted import HostedHeader, parse_header
 from nbd_vmdk.ondisk.ovf_build import Appliance, build_manifest, build_ovf, manifest_hash
 from nbd_vmdk.opening import open_disk
-from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, with_new_cid
+from nbd_vmdk.ops.convert import Made, Padded, Work, compare, fill_stream, final_names, with_new_cid
 from nbd_vmdk.ops.copy import Copied, Source
 from nbd_vmdk.ops.create import Created, create_image
 from nbd_vmdk.ops.create.products import DEFAULT_HWVERSION
@@ -91,7 +91,7 @@ class SummedMember(Storage):
 def write_ova(source: Source, path: str, work: Work, create: Mapping[str, Any]) -> Made:
     """Make ``path`` an OVA with the disk ``source``; ``create`` goes to create_image."""
     padded = source if source.size % SECTOR == 0 else Padded(source)
-    with NewFiles(path, replace=work.replace) as new:
+    with NewFiles(path, replace=work.replace) as new, final_names(new.folder, path):
         stem = re.sub(r"\.ova$", "", new.name, flags=re.IGNORECASE)
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:_MAX_STEM]
         disk_name = f"{stem or 'appliance'}-disk1.vmdk"
