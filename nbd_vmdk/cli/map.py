@@ -12,7 +12,7 @@ import click
 
 from nbd_vmdk import __version__
 from nbd_vmdk.cli import output
-from nbd_vmdk.cli.opening import image_argument, json_option, open_options
+from nbd_vmdk.cli.opening import ImagePath, image_argument, json_option, open_options
 from nbd_vmdk.cli.progress import progress
 from nbd_vmdk.errors import FileExists, OptionError, StorageError
 
@@ -27,9 +27,7 @@ BEGINNING = b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta name="generator" 
 @click.command("map", short_help="Show every run of an image and where its bytes are.")
 @click.option("--since", metavar="LINK", help="Show only what may differ from LINK, a snapshot of IMAGE.")
 @click.option("--compare", is_flag=True, help="With --since: read both, and show only what does differ.")
-@click.option(
-    "--html", type=click.Path(readable=False), metavar="FILE", help="Draw a page for a browser, and no more."
-)
+@click.option("--html", type=ImagePath(), metavar="FILE", help="Draw a page for a browser, and no more.")
 @open_options
 @json_option
 @image_argument

@@ -21,7 +21,9 @@ def length_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def no_dash(_context: click.Context, _parameter: click.Parameter, path: str | None) -> str | None:
-    """None for ``-``, by which everybody means stdin or stdout."""
+    """None for ``-``, by which everybody means stdin or stdout; OptionError for nothing."""
+    if path == "":
+        raise OptionError(None, why=f"{path!r} is no file name", hint="is a variable of the shell empty?")
     return None if path == "-" else path
 
 

@@ -980,6 +980,9 @@ def test_a_file_is_no_folder(line: list[str], disk: Path, capsys: pytest.Capture
         (["snapshot", __file__], "it is not said what to do with"),
         (["mount", "http://host/x.vmdk", "."], "http://host/x.vmdk: a URL, and no file"),
         (["mount", "x.vmdk", ""], "'' is no file name"),
+        (["map", "--html", "", "x.vmdk"], "'' is no file name"),
+        (["read", "--output", "", "x.vmdk"], "'' is no file name"),
+        (["write", "--input", "", "x.vmdk"], "'' is no file name"),
         (["convert", "x.vmdk", ""], "'' is no file name"),
     ],
 )
