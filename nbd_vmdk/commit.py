@@ -14,7 +14,8 @@ flushes guest data goes straight to the files, while changed grain tables stay i
 so that no durable table entry ever names a grain whose bytes are not durable (step 1 comes before 3, and 3
 before 4), the unclean flag is durable before the first table change (2, 3, 4), and a child made earlier can
 notice the change before any write of this session counts as durable (2, 3).  Where no table has changed,
-steps 4 to 6 fall away and a flush costs one fdatasync of each file that was written to.
+steps 4 to 6 fall away and a flush costs one fdatasync of each file that was written to.  Where all files are
+in memory (tmpfs) that would do nothing, and it is left out, too, after the first.
 
 Flushes from all connections share commits: a flush that comes while one is running waits, and then one
 commit serves all that waited.  It must be a new one, because the running one may have copied the tables
@@ -104,6 +105,8 @@ class Committer:
         #: How often something was made durable; grows only under the running commit.
         self.commits = 0
         self._described = False  # the content ID is changed, durably
+        #: That is so, and no file of a member gets safer by a sync.
+        self._instant = False
         self._turn = threading.Lock()  # held by the one commit that is running
         self._begun = 0  # commits, those that failed too
         self._done = 0  # the last of them that did not fail
@@ -162,6 +165,8 @@ class Committer:
 
     def flush(self) -> None:
         """Return when all writes that ended before this call are durable; raise what went wrong."""
+        if self._instant and self._is_settled():
+            return
         begun = self._begun
         with self._turn:
             # Whoever has his turn first of those that waited has committed for all of them.
@@ -172,6 +177,20 @@ class Committer:
             self._begun += 1
             self._commit()
             self._done = self._begun
+
+    def _is_settled(self) -> bool:
+        """Whether a commit would find nothing but guest data, which needs none in a file in memory.
+
+        Those who flush would else wait there for each other, one by one, for nothing.
+        """
+        for pages in self._tables:
+            if pages.dirty:
+                return False
+        for member in self._members:
+            if member.freed:
+                return False
+        # A commit that has taken changes holds its lock until they are written; one that failed is not done.
+        return self.admits and not self._turn.locked() and self._done == self._begun
 
     def _commit(self) -> None:
         self.admits = True
@@ -256,8 +275,10 @@ class Committer:
             for member in touched:
                 member.touched = True
             raise
-        if touched:
+        if touched and not self._described:
             self._described = True
+            storages = [member.storage for member in self._members]
+            self._instant = all(storage.in_memory or storage.fleeting for storage in storages)
 
     def _write_tables(self, pages: Changes, dirty: list[DirtyPage]) -> Storage:
         """Write tables, and then their twins; what lies one behind the other goes into one call."""

@@ -22,6 +22,8 @@ class Storage(ABC):
     writable: bool = False
     #: It is thrown away in the end: nothing in it need outlive the system, and sync does nothing.
     fleeting: bool = False
+    #: It is in memory alone: a sync makes nothing safer.
+    in_memory: bool = False
     #: Somebody writes it from front to back and will sync it: what is written is sent to the disk at once,
     #: while the next is made, rather than all of it when the sync asks.  A wish; the result is the same.
     write_behind: bool = False

@@ -40,6 +40,10 @@ _CLOSED = 0x7FFFFFFF
 #: Sent to the disk at once of a file that is written from front to back.  With less a file system lays the
 #: file out in smaller pieces; with more there is more left to wait for at the end.
 _BEHIND = 8 * MIB
+#: statfs(2): what file systems in memory call themselves, tmpfs and ramfs; and more room than the structure,
+#: which begins with that, takes on any machine.
+_IN_MEMORY = frozenset({0x01021994, 0x858458F6})
+_STATFS_LONGS = 32
 #: sync_file_range: start writing what was changed, and wait for nothing.
 _START_WRITING = 2
 
@@ -62,6 +66,7 @@ class LocalFile(Storage):
         self.name = name
         self.writable = writable
         self.is_device = is_device
+        self.in_memory = writable and not is_device and _is_in_memory(fd)
         stat = os.fstat(fd)
         self._identity = (stat.st_rdev,) if is_device else (stat.st_dev, stat.st_ino)
         # A device's size is not in its inode, and it does not grow under its users.
@@ -316,6 +321,24 @@ def _libc_fallocate() -> Callable[[int, int, int, int], int]:
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     call.restype = ctypes.c_int
     return cast("Callable[[int, int, int, int], int]", call)
+
+
+def _is_in_memory(fd: int) -> bool:
+    """Whether the file system keeps its files in memory alone."""
+    call = _libc_fstatfs()
+    told = (ctypes.c_long * _STATFS_LONGS)()
+    return call is not None and call(fd, told) == 0 and told[0] & 0xFFFFFFFF in _IN_MEMORY
+
+
+@functools.cache
+def _libc_fstatfs() -> Callable[[int, "ctypes.Array[ctypes.c_long]"], int] | None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "fstatfs"):
+        return None
+    call = libc.fstatfs
+    call.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    call.restype = ctypes.c_int
+    return cast('Callable[[int, "ctypes.Array[ctypes.c_long]"], int]', call)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import resource
+import subprocess
 import tarfile
 import tempfile
 import threading
@@ -394,6 +395,17 @@ def test_errors_carry_an_errno_a_client_understands(tmp_path: Path, monkeypatch:
                 call()
             assert caught.value.errno == told
             assert os.strerror(number) in str(caught.value)
+
+
+def test_a_file_in_memory_is_known_for_one(tmp_path: Path) -> None:
+    told = subprocess.run(["stat", "-f", "-c", "%t", tmp_path], capture_output=True, text=True, check=True)
+    there = local_file(tmp_path / "file", DATA)
+    assert there.in_memory is (told.stdout.strip() in ("1021994", "858458f6"))
+    assert not local_file(tmp_path / "other", DATA, writable=False).in_memory
+    storage = LocalFile(os.memfd_create("file"), "memory", writable=True)  # in a tmpfs of the kernel's own
+    assert storage.in_memory
+    storage.sync()
+    storage.close()
 
 
 def test_a_full_file_system_says_so() -> None:

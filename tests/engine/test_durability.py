@@ -1159,3 +1159,75 @@ def after_power_cut(files: dict[str, bytes], history: list[tuple[int, bytes, boo
     for data in files.values():
         if data.startswith(b"KDMV"):
             check_tables(parse_tables(data), clean=False)
+
+
+# Files in memory, which no sync makes any safer; but a server may be killed where nothing else is lost.
+
+
+def in_memory(disk: Disk, *, but: int = 0) -> None:
+    """Make its files be on a tmpfs, the last ones excepted, and its content ID be changed already."""
+    storages = disk.links[0].storages
+    for storage in storages[: len(storages) - but]:
+        storage.in_memory = True
+    disk.pwrite(b"x", 0, fua=True)
+
+
+@pytest.mark.parametrize("kind", [sparse, split])
+def test_data_in_memory_is_not_synced(make: Callable[..., Case], tmp_path: Any, kind: Any) -> None:
+    folder, disk = make(kind(str(tmp_path)))
+    in_memory(disk)
+    with only(folder) as events:
+        disk.pwrite(b"again", 5, fua=True)
+        disk.flush()
+    assert ops(events) == ["write"]
+    disk.pwrite(b"new", MIB + GRAIN)
+    assert pending(disk)
+    with only(folder) as events:
+        disk.flush()
+    assert "write" in ops(events)
+    left = RecordingFolder({name: folder.content(name) for name in folder.log.initial})  # by a killed server
+    with open_in(left, "top.vmdk", OpenOptions()) as found:
+        assert found.pread(3, MIB + GRAIN) == b"new"
+
+
+def test_one_file_on_a_disk_is_synced(make: Callable[..., Case], tmp_path: Any) -> None:
+    folder, disk = make(split(str(tmp_path)))
+    in_memory(disk, but=1)
+    with only(folder) as events:
+        disk.pwrite(b"again", 5, fua=True)
+    assert ops(events) == ["write", "sync"]
+
+
+@pytest.mark.parametrize("number", [0, errno.ENOSPC])
+def test_flush_in_memory_waits_for_a_commit_under_way(make: Callable[..., Case], number: int) -> None:
+    """It has taken the tables, so nothing seems to be left to do; and it may fail."""
+    folder, disk = make()
+    in_memory(disk)
+    entered, go = threading.Event(), threading.Event()
+    table = is_table(folder)
+
+    def before(event: Event) -> None:
+        if table(event):
+            entered.set()
+            assert go.wait(10)
+            if number:
+                raise OSError(number, "on purpose")
+
+    disk.pwrite(b"new", 4 * GRAIN)
+    folder.log.before = before
+    outcomes: list[int] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(outcome(disk.flush))) for _ in range(3)]
+    threads[0].start()
+    assert entered.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.1)
+    assert not outcomes
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [number] * 3
+    assert outcome(disk.flush) == number
+    folder.log.before = None
+    disk.flush()
+    assert not pending(disk)
