@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
-from typing import Self
+from typing import NoReturn, Self
 
 from nbd_vmdk.cache import Cache
 from nbd_vmdk.commit import Committer
-from nbd_vmdk.errors import NotFast, OutOfRange, VmdkError, WriteRefused
+from nbd_vmdk.errors import Closed, NotFast, OutOfRange, VmdkError, WriteRefused
 from nbd_vmdk.extents.base import NOTHING, Below, Edges, Kind, Mapping, WritableExtent
 from nbd_vmdk.extents.flat import LostSource
 from nbd_vmdk.link import Link
@@ -41,7 +41,7 @@ class Disk:
     """An open disk.  A context manager: leaving it closes cleanly, making everything durable.
 
     ``size`` is in bytes.  ``warnings`` tells what was odd but harmless at opening.  All calls raise
-    VmdkError, OutOfRange for a range outside the disk among them.
+    VmdkError: among others OutOfRange for a range outside the disk, and Closed once it is closed.
     """
 
     #: Bytes of the smallest write that it takes, and to which writes must be aligned.
@@ -51,6 +51,8 @@ class Disk:
         self.links = tuple(links)
         top = links[0]
         self.size = top.size
+        #: Where requests must end: its size, or -1, which none keeps to, once it is closed.
+        self._end = top.size
         self._cache = cache
         self.writable = writable and top.writable
         #: Writing was asked for: where it is not writable all the same, ``warnings`` say why.
@@ -98,8 +100,14 @@ class Disk:
         return self.writable
 
     def _check(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
+        if offset < 0 or length < 0 or offset + length > self._end:
+            if self._closed:
+                self._refuse()
             raise OutOfRange(self.links[0].name, offset=offset, length=length, size=self.size)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        """What a closed disk does, whatever its caches still hold."""
+        raise Closed(self.links[0].name)
 
     def advise(self, error: VmdkError) -> bool:
         """Put the link whose file an error is of into its hint, as the user would name it.
@@ -455,6 +463,8 @@ class Disk:
 
     def flush(self) -> None:
         """Return when every write that has returned, on whatever thread, is durable."""
+        if self._closed:
+            self._refuse()
         if self.writable:
             self._committer.flush()
 
@@ -467,6 +477,9 @@ class Disk:
             if self._closed:
                 return
             self._closed = True
+            # Reading and writing need not ask whether it is closed: these answer then.
+            self._end = -1
+            self.read_into = self._read_once = self._write_once = self._refuse
         with ExitStack() as closing:
             for link in reversed(self.links):
                 closing.callback(link.close)

@@ -25,6 +25,7 @@ The text lives on the class; a call site hands over the file and the fields, not
     ├── OutOfRange            a request beyond the disk's end                        EINVAL
     │   └── InputTooLong      more to be written than there is room for
     ├── InputTooShort         less to be written than was said                       EIO
+    ├── Closed                a disk that is used after it was closed                EIO
     ├── NotFast               a zero that would not be faster than writing           ENOTSUP
     ├── Difference            two disks that should be equal are not                 EIO, exit 3
     ├── ServerError           nbdkit could not be started, or ended unasked          EIO
@@ -318,6 +319,13 @@ class InputTooShort(VmdkError):
 
     slug = "input-too-short"
     template = "the input ended after {got} of {length} bytes, which were written"
+
+
+class Closed(VmdkError):
+    """A disk is used that has been closed.  Fields: none."""
+
+    slug = "closed"
+    template = "it is closed"
 
 
 class NotFast(VmdkError):

@@ -20,7 +20,7 @@ import pytest
 from nbd_vmdk import Disk, open_disk
 from nbd_vmdk.alloc import Allocator
 from nbd_vmdk.cache import Cache
-from nbd_vmdk.errors import OutOfRange, StorageError, Truncated, VmdkError, WriteRefused
+from nbd_vmdk.errors import Closed, OutOfRange, StorageError, Truncated, VmdkError, WriteRefused
 from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.writing import WritableSparseExtent
 from nbd_vmdk.ops.check.runner import check_image
@@ -378,10 +378,11 @@ def test_read_only(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed(tmp_path: Path, kind: str) -> None:
-    """The number of a closed file may be another file's by then."""
+    """The number of a closed file may be another file's by then, and who kept the function still reads."""
     image = KINDS[kind](str(tmp_path), "disk")
     disk = open_disk(image.path)
     disk.pread(disk.size, 0)
+    read_into = disk.read_into
     disk.close()
     others = []
     for number in range(8):
@@ -391,6 +392,8 @@ def test_closed(tmp_path: Path, kind: str) -> None:
     try:
         buf = bytearray(SECTOR)
         with pytest.raises(StorageError):
+            read_into(memoryview(buf), SECTOR)
+        with pytest.raises(Closed):
             disk.read_into(memoryview(buf), SECTOR)
         assert not any(buf)
     finally:

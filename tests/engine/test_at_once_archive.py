@@ -107,9 +107,10 @@ def test_closed(tmp_path: Path) -> None:
     path, _ = packed(tmp_path, image)
     disk = open_disk(path)
     disk.pread(disk.size, 0)
+    read_into = disk.read_into
     disk.close()
     with pytest.raises(StorageError):
-        disk.read_into(memoryview(bytearray(SECTOR)), SECTOR)
+        read_into(memoryview(bytearray(SECTOR)), SECTOR)
 
 
 def test_archive_that_was_cut_off(tmp_path: Path) -> None:

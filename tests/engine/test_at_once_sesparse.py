@@ -219,9 +219,10 @@ def test_outside(plain: desc.Image) -> None:
 def test_closed(plain: desc.Image) -> None:
     disk = open_disk(plain.path)
     disk.pread(disk.size, 0)
+    read_into = disk.read_into
     disk.close()
     with pytest.raises(StorageError):
-        disk.read_into(memoryview(bytearray(SECTOR)), SECTOR)
+        read_into(memoryview(bytearray(SECTOR)), SECTOR)
 
 
 def test_file_that_was_cut_off(plain: desc.Image) -> None:
