@@ -149,7 +149,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
             if last_component(str(error.fields.get("name"))) != last_component(name):
                 raise
             if not is_guess:  # nobody asked for what is a guess
-                refused = refused or error
+                refused = refused or error.kept()
             continue
         _check_cid(child, descriptor, parent, options)
         return parent

@@ -42,7 +42,7 @@ ESHUTDOWN, and turns the rest into EINVAL, so only those appear.  ``slug`` is a 
 import errno as _errno
 import os
 import re
-from typing import ClassVar
+from typing import ClassVar, Self
 
 #: errno values that reach an NBD client as themselves; everything else becomes EIO.
 _PASSED = {
@@ -94,6 +94,14 @@ class VmdkError(Exception):
         if self.hint is not None:
             self.hint = printable(self.hint)
         super().__init__(self.message if self.file is None else f"{printable(self.file)}: {self.message}")
+
+    def kept(self) -> Self:
+        """This error without the way that it came, for who keeps it and goes on.
+
+        The frames on that way are those of who keeps it, too: a circle, in which what they have stays open.
+        """
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
 
     def as_dict(self) -> dict[str, object]:
         """The error for ``--json``: slug, file, message, hint."""

@@ -16,7 +16,7 @@ from nbd_vmdk.extents.base import Below, Edges, Extent, Mapping, Reader, Writabl
 from nbd_vmdk.extents.flat import ZeroExtent
 from nbd_vmdk.ondisk.descriptor import Descriptor, random_cid
 from nbd_vmdk.storage.base import Storage
-from nbd_vmdk.storage.folder import Folder
+from nbd_vmdk.storage.folder import ClosedFolder, Folder
 from nbd_vmdk.units import GIB
 
 #: Bytes that are zeroed or trimmed between two looks at what a commit would have to hold, a multiple of
@@ -56,7 +56,7 @@ class Link:
     name         the file that was opened, as the user would write it
     create_type  what the descriptor calls the kind, or the extents' type word where there is none
     descriptor   None for an extent that was opened without its descriptor
-    folder       where the files that its descriptor names are looked for
+    folder       where the files that its descriptor names are looked for, until it is closed
     storages     all its files, each once
     """
 
@@ -73,7 +73,7 @@ class Link:
         incomplete: bool = False,
     ) -> None:
         self.name = name
-        self.folder = folder
+        self.folder: Folder = folder
         self.extents = tuple(extents)
         self.storages = tuple(storages)
         self.descriptor = descriptor
@@ -293,7 +293,11 @@ class Link:
         storage.sync()
 
     def close(self) -> None:
-        """Let go of all its files, whatever one of them says."""
+        """Let go of all its files, whatever one of them says, and of its folder.
+
+        Nobody need close a folder: it keeps a descriptor of its place, which goes with the last who has it.
+        """
+        self.folder = ClosedFolder(self.folder)
         with ExitStack() as closing:
             for storage in reversed(self.storages):
                 closing.callback(storage.close)

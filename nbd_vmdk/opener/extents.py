@@ -88,7 +88,7 @@ def _resolve(opening: Opening, line: ExtentLine, file: str) -> str:
         except (FileMissing, TrustError) as error:
             # A Windows name with its slashes turned leads out of the folder: it is not missing there.
             if first is None or (isinstance(error, TrustError) and not is_absolute(line.name)):
-                first = error
+                first = error.kept()
             continue
         if is_absolute(line.name) and not is_absolute(name):
             opening.warnings.append(f"{file}: {name} beside it is taken for {line.name}")

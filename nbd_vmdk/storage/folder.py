@@ -5,8 +5,13 @@ descriptor, a chain or an appliance says is ever opened by plain path.  It is as
 knows what the user allowed.
 """
 
-from abc import ABC, abstractmethod
+# ruff: noqa: D102  the contract is in Folder
 
+import os
+from abc import ABC, abstractmethod
+from typing import NoReturn
+
+from nbd_vmdk.errors import Closed
 from nbd_vmdk.storage.base import Storage
 
 
@@ -45,3 +50,23 @@ class Folder(ABC):
     def label(self, name: str) -> str:
         """The path of ``name`` as a user would write it."""
         return f"{self.name}/{name}"
+
+
+class ClosedFolder(Folder):
+    """What is left of a folder that was let go of: how its files are called."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.name = folder.name
+        self.read_only = folder.read_only
+
+    def open(self, name: str, *, writable: bool = False, extent: bool = False) -> NoReturn:  # noqa: ARG002
+        raise Closed(self.label(name))
+
+    def folder_of(self, name: str) -> NoReturn:
+        raise Closed(self.label(name))
+
+    def names(self) -> NoReturn:
+        raise Closed(self.name)
+
+    def label(self, name: str) -> str:
+        return name if self.name == os.curdir else os.path.join(self.name, name)

@@ -98,10 +98,10 @@ def _resolve(folder: Folder, name: str, disk: AttachedDisk, *, frozen: bool) -> 
             plain = spelling.rpartition("/")[2]
             inside.open(plain).close()
         except (FileMissing, TrustError) as error:
-            first = first or error
+            first = first or error.kept()
             continue
         except VmdkError as error:
-            first = error
+            first = error.kept()
             break
         warnings = []
         if is_absolute(disk.file) and not is_absolute(spelling):

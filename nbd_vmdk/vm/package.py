@@ -92,7 +92,7 @@ def _open_stored(base: Folder, name: str) -> Storage:
     try:
         return base.open(name)
     except FileMissing as error:
-        missing = error
+        missing = error.kept()
     start = f"{name.rpartition('/')[2]}."
     chunks = [other for other in base.folder_of(name).names() if other.startswith(start)]
     last = max((int(chunk[2]) for chunk in map(_CHUNK.fullmatch, chunks) if chunk), default=None)
@@ -166,6 +166,6 @@ def _found(base: Folder, named: Sequence[tuple[PackageDisk, str]]) -> list[Found
                 folders[above] = PackageFolder(base.folder_of(name), limits[above])
             _open_stored(base, name).close()
         except VmdkError as error:
-            fault = error
+            fault = error.kept()
         found.append(FoundDisk(folders.get(above, base), plain, path, disk.id, fault=fault))
     return found
