@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,6 +354,34 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_are(monkeypatch, [])
     monkeypatch.setattr("nbd_vmdk.opening.open_disk", interrupted)
     assert main(["map", "x.vmdk"]) == 130
+
+
+@pytest.mark.parametrize("module", ["nbd_vmdk.cli", "click", "nbd_vmdk.cli.signals"])
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_interrupted_while_it_is_imported(module: str, way: str) -> None:
+    """Both as ``python -m nbd_vmdk`` and by the name that is installed."""
+    if way == "module":
+        start = 'import runpy; runpy.run_module("nbd_vmdk", run_name="__main__")'
+    else:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        source, _, name = project["scripts"]["nbd-vmdk"].partition(":")
+        start = f"from {source} import {name}; sys.exit({name}())"
+    program = textwrap.dedent(
+        f"""
+        import os, signal, sys
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Finder())
+        {start}
+        """
+    )
+    command = [sys.executable, "-c", program, "info", "missing.vmdk"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_names_from_images_never_reach_the_terminal_raw(
