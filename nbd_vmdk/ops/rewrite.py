@@ -13,6 +13,7 @@ A file is replaced under the lock of its old inode, and the new one is locked be
 nobody else can come to write it in between.
 """
 
+import errno
 import hashlib
 import os
 from typing import Final, Self
@@ -87,6 +88,31 @@ class DescriptorFile:
                 self._overwrite(self._header, new.to_bytes())
         self.descriptor = new
 
+    def rehearse(self, new: Descriptor) -> None:
+        """Raise what keeps ``new`` from being put there, for who changes something else first.
+
+        A file is made beside as replace() makes one, and taken away again; all stays as it is.
+        """
+        if self._header is not None:
+            self._check_room(self._header, new.to_bytes())
+        path = real_path(self._storage)
+        beside = path + SAVED + _NEW
+        try:
+            _unlink(beside)  # one that is there was left by a process that was killed
+            file = _create(beside, self._storage.name)
+            try:
+                dress(beside, path)
+                file.write(new.to_bytes(), 0)
+            finally:
+                file.close()
+                _unlink(beside)
+        except OSError as error:
+            raise StorageError.of(error, self._storage.name, "replace its descriptor") from error
+        except StorageError as error:
+            if error.errno == errno.EPERM:
+                error.hint = "that takes making a file beside it: its folder can't be written"
+            raise
+
     def _replace_file(self, text: bytes) -> None:
         path = real_path(self._storage)
         beside = path + SAVED + _NEW
@@ -113,20 +139,22 @@ class DescriptorFile:
     def _overwrite(self, header: hosted.HostedHeader, text: bytes) -> None:
         storage = self._storage
         old = self.descriptor.to_bytes()
-        room = _room(header)
-        if len(text) >= min(room, EMBEDDED_LIMIT):
-            raise WriteRefused(
-                storage.name,
-                why=f"its descriptor would need {len(text)} bytes, and there is room for "
-                f"{min(room, EMBEDDED_LIMIT) - 1}",
-                hint="move the files so that the parent's path becomes shorter",
-            )
+        self._check_room(header, text)
         saved = real_path(storage) + SAVED
         _save(saved, old + b"\n" + _DIGEST + _digest(text) + b"\n")
-        length = min(align_up(max(len(old), len(text)) + 1, SECTOR), room)
+        length = min(align_up(max(len(old), len(text)) + 1, SECTOR), _room(header))
         storage.write(text.ljust(length, b"\0"), header.descriptor_sector * SECTOR)
         storage.sync()
         _remove(saved)
+
+    def _check_room(self, header: hosted.HostedHeader, text: bytes) -> None:
+        room = min(_room(header), EMBEDDED_LIMIT)
+        if len(text) >= room:
+            raise WriteRefused(
+                self._storage.name,
+                why=f"its descriptor would need {len(text)} bytes, and there is room for {room - 1}",
+                hint="move the files so that the parent's path becomes shorter",
+            )
 
     def close(self) -> None:
         """Let go of the file, lock included."""

@@ -4,6 +4,7 @@ Other sizes for disks in place: what they show before and after, refusals, and b
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -182,7 +183,8 @@ def test_killed_anywhere(tmp_path: Path, kind: str, larger: bool) -> None:
         with open_disk(path) as disk:
             sizes.append(disk.size)
             assert disk.pread(len(expected), 0) == expected
-            assert not any(run.kind for run in disk.runs(len(expected)) if run.file is not None)
+            behind = [run for run in disk.runs(len(expected)) if run.kind and run.file is not None]
+            assert not any(disk.pread(run.length, run.offset).strip(b"\0") for run in behind)
         assert faults(path, "unclean", "unclean-shutdown", "cowd-free") == [] or not ended
         resize(path, new)
         with open_disk(path) as disk:
@@ -284,6 +286,48 @@ def test_a_full_disk(tmp_path: Path, kind: str) -> None:
     with open_disk(path) as disk:
         assert disk.size == size
         assert disk.pread(2 * MIB, 0) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [3 * MIB, 5 * MIB, MIB])
+def test_a_folder_that_can_not_be_written(tmp_path: Path, kind: str, size: int) -> None:
+    path = make(tmp_path, kind, 2 * MIB + ODD)
+    before = contents(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", making_nothing)
+        with pytest.raises(
+            StorageError, match=f"^{path}: write its descriptor: Permission denied$"
+        ) as caught:
+            resize(path, size)
+    assert caught.value.hint == "that takes making a file beside it: its folder can't be written"
+    assert contents(tmp_path) == before
+    resize(path, size)
+    assert shows(path) == bytes(size)
+    assert faults(path) == []
+
+
+def making_nothing(path: str, flags: int, *args: Any, _open: Any = os.open, **options: Any) -> int:
+    if flags & os.O_CREAT:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    number: int = _open(path, flags, *args, **options)
+    return number
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names_in(folder)}
+
+
+def test_check_knows_a_resize_that_was_stopped(tmp_path: Path) -> None:
+    path = make(tmp_path, "monolithicSparse", 2 * MIB)
+    step = 0
+    told = []
+    while killed_at(step, lambda: resize(path, 20 * MIB)):
+        told += [found.repair for found in check_image(path).findings if found.slug == "size-differs"]
+        step += 1
+    assert told
+    assert all("the same one goes on" in why for why in told)
+    assert shows(path) == bytes(20 * MIB)
+    assert faults(path) == []
 
 
 @pytest.mark.parametrize("kind", ["vmfs", "twoGbMaxExtentFlat"])

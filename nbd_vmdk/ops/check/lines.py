@@ -84,4 +84,7 @@ def check_size(subject: Subject, text: Text, line: ExtentLine, capacity: int, gr
         subject.error("size-differs", said, "readers refuse it, or show another size", repair)
     elif line.sectors <= capacity - grain:
         effect = "what the extent has behind that is not shown"
-        subject.warning("size-differs", said, effect, "which of the two is right is not known")
+        which = (
+            "which of the two is right is not known; after a resize that was stopped, the same one goes on"
+        )
+        subject.warning("size-differs", said, effect, which)

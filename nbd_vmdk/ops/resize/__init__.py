@@ -4,6 +4,7 @@ What a disk's size is, its descriptor says: extents may hold more than it speaks
 making its files larger first, each of them safely by itself (see tables.py), and getting its new descriptor
 last; and shrinks by getting the new descriptor first, once what will be cut off is known to be zeros, and
 smaller files after that.  Between the two it has its old size, or its new one, and the same command goes on.
+Before all that the new descriptor is tried out: a folder that can't be written takes none.
 
 Only a disk on which nothing stands can have another size.  A child may grow beyond its parent: what that
 does not have reads as zeros, and others than VMware read it so; but such a child is merged into its parent no
@@ -125,6 +126,8 @@ def resize(
             changes = work.shrink(wanted, found, shrink=shrink or dry_run, progress=progress)
         found.steps = [change.text for change in changes]
         if not dry_run:
+            for change in changes:
+                change.rehearse()
             for change in changes:
                 change.apply()
     return found
@@ -315,7 +318,11 @@ class _Work:
             file = self._held.enter_context(DescriptorFile(self.link.storages[0]))
             file.replace(_described(file.descriptor, lines, size))
 
-        return Change(text, apply)
+        def rehearse() -> None:
+            with DescriptorFile(self.link.storages[0]) as file:
+                file.rehearse(_described(file.descriptor, lines, size))
+
+        return Change(text, apply, rehearse)
 
 
 def _cut(entry: LinkExtent, line: ExtentLine) -> None:

@@ -15,10 +15,14 @@ _PIECE: Final = MIB
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One step: what it does, in words, and the doing, after which it is durable."""
+    """One step: what it does, in words, and the doing, after which it is durable.
+
+    ``rehearse`` raises what would keep it from being done; it is called before the first step.
+    """
 
     text: str
     apply: Callable[[], None]
+    rehearse: Callable[[], None] = lambda: None
 
 
 def is_zero(storage: Storage, at: int, length: int) -> bool:
