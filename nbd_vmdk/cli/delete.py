@@ -20,7 +20,7 @@ def delete(image: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Delete IMAGE: its descriptor and all files that are its alone.  Its parents stay.
 
     An image on which others stand is refused, and so is one that is in use.  Files outside its folder are
-    never touched.
+    never touched.  A symbolic link is refused: rm removes it, and delete the image by its own name.
     """
     from nbd_vmdk.ops.linkset.delete import delete as run
 

@@ -392,6 +392,35 @@ def test_deleting(tmp_path: Path, kind: str) -> None:
     assert names_in(tmp_path) == {"disk-other.vmdk"}
 
 
+@pytest.mark.parametrize("machine", [False, True])
+def test_a_symbolic_link_is_not_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], machine: bool
+) -> None:
+    """Neither what it leads to, which rm would leave, nor the link alone, which is not the image."""
+    (tmp_path / "real").mkdir()
+    real = make(tmp_path / "real", "monolithicFlat", SIZE)
+    link = tmp_path / "a link.vmdk"
+    link.symlink_to("real/disk.vmdk")
+    named = str(link)
+    if machine:
+        named = str(tmp_path / "vm.vmx")
+        Path(named).write_text(f'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "{link.name}"\n')
+    before = names_in(real.parent)
+    for words in ([], ["--dry-run"], ["--with-children"]):
+        assert main(
+            ["delete", f"{named}:scsi0:0" if machine else named, "--allow-dir", str(real.parent), *words]
+        )
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {link}: it is a symbolic link to an image, and ")
+        assert f"nbd-vmdk delete {real}; the link alone: rm '{link}'" in told
+    assert names_in(real.parent) == before
+    assert link.is_symlink()
+    # The way to it may go through links.
+    (tmp_path / "alias").symlink_to("real")
+    delete(tmp_path / "alias" / "disk.vmdk")
+    assert names_in(real.parent) == set()
+
+
 def test_deleting_what_others_stand_on(tmp_path: Path) -> None:
     make_chain(tmp_path)
     for link in (BASE, MIDDLE):
@@ -510,8 +539,8 @@ def test_files_are_called_as_the_user_does(
     # Where the user did not name the folder, only the whole path says where the file is.
     create_image(tmp_path / "out" / BASE, SIZE)
     (tmp_path / "in" / "x.vmdk").symlink_to(f"../out/{BASE}")
-    assert main(["delete", "x.vmdk", "--dry-run"]) == 0
-    assert capsys.readouterr().out == f"to be removed: {tmp_path}/out/{BASE}\n"
+    assert main(["rename", "x.vmdk", "y.vmdk", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out/{BASE} -> y.vmdk\n"
 
 
 def test_change_tracking_that_can_not_be_read(tmp_path: Path, elsewhere: Path) -> None:

@@ -35,8 +35,8 @@ def delete(
     """Delete the link ``path``; ``with_children`` also all that stand on it, the ones on top first.
 
     Its parents stay.  ``options`` are allow_dirs and allow_devices of OpenOptions.  Raises WriteRefused for a
-    link with children and for files that are not the link's alone, InUse; then nothing has changed.  A
-    deletion that was stopped goes on when it is asked for again.
+    link with children, for files that are not the link's alone and for a symbolic link, InUse; then nothing
+    has changed.  A deletion that was stopped goes on when it is asked for again.
     """
     chosen = files.opening(options, locks=not dry_run)
     source = files.whole_image_in(path, chosen, "rm", os.fspath(path))
@@ -45,6 +45,13 @@ def delete(
             os.fspath(path),
             why="is no image, and what has disks is not deleted with them",
             hint=f"to delete its disk, name that: {shlex.quote(source)}",
+        )
+    if os.path.islink(source):
+        real = shlex.quote(os.path.realpath(source))
+        raise WriteRefused(
+            source,
+            why="it is a symbolic link to an image, and not clear which of the two is to go",
+            hint=f"to delete the image: nbd-vmdk delete {real}; the link alone: rm {shlex.quote(source)}",
         )
     if left := left_of(source):
         if not dry_run:
