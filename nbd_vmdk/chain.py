@@ -2,8 +2,9 @@
 
 Where a parent is looked for: the file that the user named; the hint as written, relative to the child's
 folder; the hint's last component beside the child; the same in a sibling folder named as the hint's last
-folder.  The last two are guesses, taken only if the content ID is the expected one.  QEMU follows the hint
-alone; VMware and we check that the parent still has the content ID that the child saw.
+folder.  The last two are guesses: they are taken only if the content ID is the expected one (see
+Descriptor.may_stand_on), and a warning tells it.  QEMU follows the hint alone; VMware and we check that the
+parent still has the content ID that the child saw.
 """
 
 import shlex
@@ -24,7 +25,6 @@ from nbd_vmdk.errors import (
 from nbd_vmdk.link import Link
 from nbd_vmdk.look import descriptors_in, read_descriptor
 from nbd_vmdk.ondisk.descriptor import (
-    FRESH_CID,
     NO_PARENT,
     Descriptor,
     is_absolute,
@@ -34,7 +34,6 @@ from nbd_vmdk.ondisk.descriptor import (
 from nbd_vmdk.opener import open_link
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.storage.folder import Folder
-from nbd_vmdk.units import SECTOR
 from nbd_vmdk.vm import FoundDisk, locate
 
 #: VMware allows 32 snapshots; linked clones of clones add to that.
@@ -138,7 +137,7 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
     for name, is_guess in parent_candidates(hint) if hint else ():
         try:
             folder = child.folder.folder_of(name)
-            if is_guess and not _has_cid(child.folder, name, descriptor.parent_cid):
+            if is_guess and not _fits(descriptor, child.folder, name):
                 continue
             parent = open_link(folder, plain_name(name), options, cache, writable=False)
         except FileMissing as error:
@@ -152,15 +151,11 @@ def _find_parent(child: Link, descriptor: Descriptor, options: OpenOptions, cach
                 refused = refused or error.kept()
             continue
         _check_cid(child, descriptor, parent, options)
+        if is_guess:
+            child.warnings.append(f"{child.name}: {parent.name} is taken for its parent {hint}")
         return parent
     cid = f"{descriptor.parent_cid:08x}"
-    found = [
-        sibling
-        for sibling, other in descriptors_in(child.folder)
-        if other.cid == descriptor.parent_cid
-        # All fresh disks have the same one.
-        and (other.cid != FRESH_CID or other.total_sectors * SECTOR == child.size)
-    ]
+    found = [sibling for sibling, other in descriptors_in(child.folder) if descriptor.may_stand_on(other)]
     if found:
         where = child.folder.label(found[0])
         raise ParentNotFound(
@@ -194,9 +189,9 @@ def parent_candidates(hint: str) -> Iterator[tuple[str, bool]]:
             yield f"../{folders[-1]}/{last}", True
 
 
-def _has_cid(folder: Folder, name: str, cid: int) -> bool:
-    descriptor = read_descriptor(folder, name)
-    return descriptor is not None and descriptor.cid == cid
+def _fits(descriptor: Descriptor, folder: Folder, name: str) -> bool:
+    parent = read_descriptor(folder, name)
+    return parent is not None and descriptor.may_stand_on(parent)
 
 
 def _check_cid(child: Link, descriptor: Descriptor, parent: Link, options: OpenOptions) -> None:

@@ -187,6 +187,15 @@ class Descriptor:
         """The size of the disk: what all extent lines cover, in sectors."""
         return sum(extent.sectors for extent in self.extents)
 
+    def may_stand_on(self, parent: "Descriptor") -> bool:
+        """Whether ``parent`` looks like the parent of this link, for who is not led there by its name.
+
+        It has the content ID that this link expects; and as all fresh disks have the same one, the size, too.
+        """
+        if not self.has_parent or self.parent_cid != parent.cid:
+            return False
+        return parent.cid != FRESH_CID or parent.total_sectors == self.total_sectors
+
     @property
     def has_parent(self) -> bool:
         """Whether this is a child link."""

@@ -27,6 +27,9 @@ from nbd_vmdk.errors import (
     TrustError,
 )
 from nbd_vmdk.extents.base import Kind
+from nbd_vmdk.ops.check.runner import check_image
+from nbd_vmdk.ops.snapshot.tree import link_file, parent_of
+from nbd_vmdk.storage.localfolder import LocalFolder
 from tests.engine import reads, refused, runs, same, shows
 from tests.images import desc, ova, poke
 from tests.images.content import KIB, MIB, SECTOR, Content
@@ -122,6 +125,43 @@ def test_a_guess_in_a_sibling_folder(tmp_path: Path, hint: str) -> None:
     shows(made.path, ODD.over(parent.content), allow_dirs=[tmp_path])
     base(tmp_path / "vm", content=WRONG, cid="00000bad")
     refused(made.path, allow_dirs=[tmp_path])
+
+
+def test_a_guess_is_told(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    parent = base(here)
+    made = child(here, "/vmfs/vm/base.vmdk", parent_cid="0badf00d")
+    with open_disk(made.path) as disk:
+        told = f"{made.path}: {parent.path} is taken for its parent /vmfs/vm/base.vmdk"
+        assert told in disk.warnings
+    with open_disk(child(here, "base.vmdk", name="other", parent_cid="0badf00d").path) as disk:
+        assert not [warning for warning in disk.warnings if "taken for" in warning]
+
+
+def test_all_fresh_disks_have_one_content_id(tmp_path: Path) -> None:
+    """So a guess must have the size, too; a file that the hint leads to need not."""
+    here = tmp_path / "here"
+    small = Content.random(MIB, seed=5)
+    other = base(here, content=small, cid="fffffffe")
+    made = child(here, "gone/base.vmdk", parent_cid="fffffffe")
+    assert refused(made.path).hint == "put the parent beside it, or name it with --parent FILE"
+    found = check_image(made.path).findings
+    assert [each.slug for each in found if "parent" in each.slug] == ["parent-not-found"]
+    assert tree_of(made.path) is None
+    shows(child(here, "base.vmdk", name="led", parent_cid="fffffffe").path, ODD.over(small))
+    for path in other.files:
+        os.unlink(path)
+    parent = base(here, cid="fffffffe")
+    shows(made.path, ODD.over(parent.content))
+    assert tree_of(made.path) == parent.path
+
+
+def tree_of(path: str) -> str | None:
+    """The parent that snapshot operations see."""
+    link = link_file(*LocalFolder.for_image(path))
+    assert link is not None
+    found = parent_of(link)
+    return None if found is None else found.label
 
 
 def test_a_guess_beside_comes_before_one_elsewhere(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from nbd_vmdk.cache import Cache
 from nbd_vmdk.chain import MAX_LINKS, open_chain, parent_candidates, plain_name
 from nbd_vmdk.errors import FileMissing, FormatError, StorageError, TrustError, VmdkError
 from nbd_vmdk.look import descriptors_in, read_descriptor
-from nbd_vmdk.ondisk.descriptor import last_component
+from nbd_vmdk.ondisk.descriptor import Descriptor, last_component
 from nbd_vmdk.ops.check.context import Context, Progress
 from nbd_vmdk.ops.check.findings import Finding, ImageFile, Repair, Severity
 from nbd_vmdk.ops.check.link import LinkCheck, LinkFacts
@@ -251,7 +251,7 @@ class _Chain:
             except VmdkError as error:
                 self._tell(link, depth, error.slug, str(error), _UNREADABLE, error.hint or "")
                 return None
-            if is_guess and _cid_of(folder, plain) != descriptor.parent_cid:
+            if is_guess and not _fits(descriptor, folder, plain):
                 continue
             return folder, plain
         self._report_missing(link, depth, refused)
@@ -262,7 +262,7 @@ class _Chain:
         descriptor = link.text.descriptor
         cid = descriptor.parent_cid
         others = ((name, other) for name, other in descriptors_in(link.folder) if name != link.file.name)
-        fitting = [name for name, other in others if other.cid == cid]
+        fitting = [name for name, other in others if descriptor.may_stand_on(other)]
         if refused is not None and not fitting:
             what = f"its parent {refused.fields['name']}: {refused.fields['why']}"
             self._tell(link, depth, refused.slug, what, _UNREADABLE, refused.hint or "")
@@ -318,6 +318,6 @@ class _Chain:
         self._tell(child, depth, "cid-mismatch", what, effect, repair)
 
 
-def _cid_of(folder: Folder, name: str) -> int | None:
-    descriptor = read_descriptor(folder, name)
-    return None if descriptor is None else descriptor.cid
+def _fits(descriptor: Descriptor, folder: Folder, name: str) -> bool:
+    parent = read_descriptor(folder, name)
+    return parent is not None and descriptor.may_stand_on(parent)

@@ -135,7 +135,7 @@ def parent_of(link: LinkFile) -> LinkFile | None:
             return None
         if parent is None and not is_guess:
             return None
-        if parent is not None and (not is_guess or link.expects(parent)):
+        if parent is not None and (not is_guess or descriptor.may_stand_on(parent.descriptor)):
             return parent
     return None
 
