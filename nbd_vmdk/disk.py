@@ -75,7 +75,6 @@ class Disk:
         self._committer = Committer(self._members, top.change_cid)
         self._write_once = top.writer(alone=self._below is None)
         self._close_lock = threading.Lock()
-        self._closed = False
         #: As read_into, once; asks the one who answers most requests first.
         shortcuts = self._shortcuts
         first_asked = top if shortcuts is None or shortcuts.first else shortcuts
@@ -101,7 +100,7 @@ class Disk:
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._end:
-            if self._closed:
+            if self._end < 0:
                 self._refuse()
             raise OutOfRange(self.links[0].name, offset=offset, length=length, size=self.size)
 
@@ -463,10 +462,9 @@ class Disk:
 
     def flush(self) -> None:
         """Return when every write that has returned, on whatever thread, is durable."""
-        if self._closed:
-            self._refuse()
         if self.writable:
             self._committer.flush()
+        self._check(0, 0)  # only now: who asks while it is being closed waits for that
 
     def close(self) -> None:
         """Make everything durable, mark the image cleanly closed, and let go of all files.
@@ -474,11 +472,10 @@ class Disk:
         The files are let go of even if that fails; the image is then still marked as in use.
         """
         with self._close_lock:
-            if self._closed:
+            if self._end < 0:
                 return
-            self._closed = True
-            # Reading and writing need not ask whether it is closed: these answer then.
             self._end = -1
+            # Reading and writing need not ask whether it is closed: these answer then.
             self.read_into = self._read_once = self._write_once = self._refuse
         with ExitStack() as closing:
             for link in reversed(self.links):

@@ -21,7 +21,7 @@ import nbdkit
 from nbd_vmdk import __version__
 from nbd_vmdk.codec import INFLATE_LIBRARY
 from nbd_vmdk.disk import Disk
-from nbd_vmdk.errors import OptionError, VmdkError, printable
+from nbd_vmdk.errors import Closed, OptionError, VmdkError, printable
 from nbd_vmdk.plugin import aborting, ending
 from nbd_vmdk.plugin.connections import make_room
 from nbd_vmdk.plugin.descriptors import warn_of_few
@@ -126,6 +126,8 @@ class Plugin:
             try:
                 if disk.writable:
                     disk.flush()
+            except Closed:
+                pass  # which has flushed it, or told why it could not
             except VmdkError as error:
                 sys.stderr.write(f"error: {error}\n")
                 done = "not all that was written could be flushed"

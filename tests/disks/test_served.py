@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbd_vmdk import open_disk
-from nbd_vmdk.errors import FileMissing, OptionError, VmdkError
+from nbd_vmdk.errors import Closed, FileMissing, OptionError, VmdkError
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.plugin.exports import open_exports
 from nbd_vmdk.serving.server import serve
@@ -190,7 +190,9 @@ def test_closing_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(disks[0], "close", fail)
     assert [str(error) for error in exports.close()] == ["a.vmdk: no space"]
-    assert all(disk._closed for disk in disks)
+    for disk in disks:
+        with pytest.raises(Closed):
+            disk.flush()
 
 
 def test_many_disks_read_at_once(tmp_path: Path, appliance: str) -> None:
