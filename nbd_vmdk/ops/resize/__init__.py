@@ -25,18 +25,17 @@ from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import OptionError, WriteRefused
 from nbd_vmdk.extents.base import NOTHING
 from nbd_vmdk.extents.cowd import CowdExtent
-from nbd_vmdk.extents.flat import FlatExtent, ZeroExtent
+from nbd_vmdk.extents.flat import FlatExtent
 from nbd_vmdk.extents.hosted import HostedExtent
 from nbd_vmdk.link import LinkExtent
-from nbd_vmdk.ondisk.descriptor import Descriptor, ExtentLine, random_cid
-from nbd_vmdk.ondisk.descriptor_build import geometry_for
-from nbd_vmdk.ondisk.descriptor_text import HEX32
+from nbd_vmdk.ondisk.descriptor import ExtentLine
 from nbd_vmdk.opening import open_in
 from nbd_vmdk.ops.copy import Progress
-from nbd_vmdk.ops.resize.changes import Change, grow_file, is_zero
-from nbd_vmdk.ops.resize.extents import grown_lines, kept_lines, leftovers, make_extents
-from nbd_vmdk.ops.resize.tables import grow_cowd, grow_hosted, shrink_cowd, shrink_hosted
-from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
+from nbd_vmdk.ops.resize.changes import Change, is_zero
+from nbd_vmdk.ops.resize.description import describe
+from nbd_vmdk.ops.resize.extents import kept_lines, leftovers
+from nbd_vmdk.ops.resize.growing import grow_link
+from nbd_vmdk.ops.resize.tables import shrink_cowd, shrink_hosted
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.names import final_name
 from nbd_vmdk.ops.snapshot.tree import LinkFile, children_of
@@ -47,7 +46,6 @@ from nbd_vmdk.units import MAX_OFFSET, MIB, SECTOR, align_up, format_size
 log = logging.getLogger("nbd_vmdk")
 
 _PIECE: Final = MIB
-_MAX_IDE: Final = 16383
 
 
 @dataclass(slots=True)
@@ -180,51 +178,9 @@ class _Work:
 
     def grow(self, size: int, *, reserve: bool) -> list[Change]:
         """The steps to a larger disk."""
-        if len(self.disk.links) > 1 and self.disk.links[1].size > self.disk.size:
-            raise WriteRefused(
-                self.link.name, why="its parent is larger, and would show through what is added"
-            )
-        sectors = (size - self.disk.size) // SECTOR
-        lines = grown_lines(self._lines, self._descriptor.create_type or "", self.place.link.name, sectors)
-        count = len(self._lines)
-        changes = []
-        if lines[count - 1] != self._lines[-1]:
-            changes += self._grow_extent(
-                self.link.extents[-1], lines[count - 1].sectors, size, reserve=reserve
-            )
-        if len(lines) > count:
-            changes += make_extents(self.link, lines[count:], reserve=reserve)
-        return [*changes, self._describe(lines, size)]
-
-    def _grow_extent(self, entry: LinkExtent, sectors: int, size: int, *, reserve: bool) -> list[Change]:
-        extent = entry.extent
-        if isinstance(extent, ZeroExtent):
-            return []
-        if entry.writable is None or entry.access != "RW":
-            raise WriteRefused(self.link.name, why=f"its last extent can't be written ({extent.type_word})")
-        if isinstance(extent, HostedExtent):
-            return grow_hosted(extent.storage, extent.header, extent.size, sectors)
-        if isinstance(extent, CowdExtent):
-            geometry = geometry_for(size // SECTOR, self._descriptor.get("ddb.adapterType") or "lsilogic")
-            return grow_cowd(extent.storage, extent.header, extent.size, sectors, geometry)
-        if not isinstance(extent, FlatExtent):
-            raise WriteRefused(
-                self.link.name,
-                why=f"a {self.link.create_type} file can't be made larger",
-                hint="nbd-vmdk convert makes a copy of another --type, which can",
-            )
-        return [self._grow_flat(extent, extent.start + sectors * SECTOR, reserve=reserve)]
-
-    def _grow_flat(self, extent: FlatExtent, end: int, *, reserve: bool) -> Change:
-        storage, behind = extent.storage, extent.start + extent.size
-        real_path(storage)  # only a regular file can grow
-        users = [entry for entry in self.link.extents if entry.extent.storage is storage]
-        if len(users) > 1 or not is_zero(storage, behind, max(storage.size - behind, 0)):
-            raise WriteRefused(
-                self.link.name, why=f"{storage.name} goes on behind its extent, with something else"
-            )
-        text = f"{storage.name}: {format_size(end)} long"
-        return Change(text, lambda: grow_file(storage, end, reserve=reserve))
+        below = self.disk.links[1].size if len(self.disk.links) > 1 else 0
+        name = self.place.link.name
+        return grow_link(self._held, self.link, size, below=below, name=name, reserve=reserve)
 
     # Shrinking.
 
@@ -248,7 +204,10 @@ class _Work:
         changes = []
         if size < old:
             text = f"{self.link.name}: the last {format_size(old - size)} of the disk are given up"
-            changes = [Change(text, lambda: self._discard(size)), self._describe(lines, size)]
+            changes = [
+                Change(text, lambda: self._discard(size)),
+                describe(self._held, self.link, lines, size),
+            ]
         doomed = self._doomed(len(lines))
         kept = self.link.extents[len(lines) - 1]
         if self._is_longer(kept, lines[-1]):
@@ -309,21 +268,6 @@ class _Work:
             )
         return False
 
-    # The descriptor.
-
-    def _describe(self, lines: Sequence[ExtentLine], size: int) -> Change:
-        text = f"{self.link.name}: its descriptor says the new size"
-
-        def apply() -> None:
-            file = self._held.enter_context(DescriptorFile(self.link.storages[0]))
-            file.replace(_described(file.descriptor, lines, size))
-
-        def rehearse() -> None:
-            with DescriptorFile(self.link.storages[0]) as file:
-                file.rehearse(_described(file.descriptor, lines, size))
-
-        return Change(text, apply, rehearse)
-
 
 def _cut(entry: LinkExtent, line: ExtentLine) -> None:
     extent = entry.extent
@@ -334,35 +278,3 @@ def _cut(entry: LinkExtent, line: ExtentLine) -> None:
     elif isinstance(extent, FlatExtent):
         extent.storage.truncate(extent.start + line.sectors * SECTOR)
         extent.storage.sync()
-
-
-def _described(old: Descriptor, lines: Sequence[ExtentLine], size: int) -> Descriptor:
-    """The descriptor of the disk in its new size: a disk of another content, too."""
-    try:
-        new = old.replace_extents(lines)
-        if old.cid is not None:
-            cid = random_cid(avoid=old.cid)
-            new = new.set("CID", f"{cid:08x}")
-            long_id = old.long_content_id
-            if long_id is not None and HEX32.fullmatch(long_id):
-                new = new.set("ddb.longContentID", f"{long_id[:24]}{cid:08x}")
-        return _with_geometry(new, size // SECTOR)
-    except ValueError as error:
-        raise WriteRefused(old.file, why=str(error)) from None
-
-
-def _with_geometry(descriptor: Descriptor, sectors: int) -> Descriptor:
-    """The descriptor with as many cylinders as the disk has now.
-
-    Heads and sectors of a track stay: the addresses in a partition table were made with them.
-    """
-    words = [descriptor.get(f"ddb.geometry.{part}") or "" for part in ("heads", "sectors")]
-    if descriptor.get("ddb.geometry.cylinders") is None or not all(word.isdecimal() for word in words):
-        return descriptor
-    track = int(words[0]) * int(words[1])
-    if not track:
-        return descriptor
-    cylinders = max(sectors // track, 1)
-    if descriptor.get("ddb.adapterType") == "ide":
-        cylinders = min(cylinders, _MAX_IDE)
-    return descriptor.set("ddb.geometry.cylinders", str(cylinders))
