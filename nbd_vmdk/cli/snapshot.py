@@ -194,8 +194,9 @@ def commit(
     """Merge CHILD into its parent: the parent becomes what CHILD shows, and CHILD goes away.
 
     What stands on CHILD stands on the parent afterwards and shows what it showed.  The state that the parent
-    had is lost.  If it is stopped, by whatever, the same command goes on; until then the parent is called
-    NAME.merging-ID.vmdk and CHILD can be used as before.
+    had is lost.  If CHILD was made larger, the parent becomes as large first.  If it is stopped, by whatever,
+    the same command goes on; until then the parent is called NAME.merging-ID.vmdk and CHILD can be used as
+    before.
     """
     from nbd_vmdk.ops.snapshot.commit import commit as run
     from nbd_vmdk.ops.snapshot.commit import plan_commit
@@ -226,6 +227,9 @@ def _tell_plan(plan: "Plan", removes: Sequence[str]) -> None:
     output.message("note", f"{plan.child.label} goes into {plan.result}: {told}")
     if plan.stage.value != "new":
         output.message("note", "an earlier attempt was stopped; this goes on with it")
+    if plan.grows:
+        old, new = (format_size(size) for size in plan.sizes)
+        output.message("note", f"{plan.result} becomes as large as the child first: {old} -> {new}")
     if amount.new > plan.room:
         free = format_size(plan.room)
         output.log.warning("only %s are free there, which may be too little", free)

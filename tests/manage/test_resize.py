@@ -211,10 +211,10 @@ def test_children(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = shows(top)
     assert not caplog.records
     resize(top, 3 * MIB)
-    own = f"nbd-vmdk snapshot rebase --flatten {top} makes it a disk of its own"
-    assert own in caplog.text
+    merged = f"nbd-vmdk snapshot commit {top} makes the parent as large"
+    assert merged in caplog.text
     (found,) = check_image(top).findings
-    assert own in str(found.repair)
+    assert merged in str(found.repair)
     assert shows(top) == before.ljust(3 * MIB, b"\0")
     for size in (2 * MIB, MIB):
         with pytest.raises(WriteRefused, match="can't be smaller"):

@@ -32,21 +32,30 @@ def command(told: str) -> list[str]:
     return words[: words.index("makes")] if "makes" in words else words
 
 
-@pytest.mark.parametrize(("parent", "child"), [(MIB, 2 * MIB), (2 * MIB, MIB)])
-def test_a_child_of_another_size_than_its_parent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], parent: int, child: int
-) -> None:
-    base = desc.monolithic_sparse(str(tmp_path), "base", Content.random(parent, 1))
-    image = desc.monolithic_sparse(
-        str(tmp_path), "the child", Content(child).put(0, b"new"), parent=base
-    ).path
+def test_a_child_that_is_smaller_than_its_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = desc.monolithic_sparse(str(tmp_path), "base", Content.random(2 * MIB, 1))
+    content = Content(MIB).put(0, b"new")
+    image = desc.monolithic_sparse(str(tmp_path), "the child", content, parent=base).path
     told = hint(capsys, "snapshot", "commit", image)
     with open_disk(image) as disk:
-        before = disk.pread(child, 0)
+        before = disk.pread(MIB, 0)
     run(*command(told))
     with open_disk(image) as disk:
         assert len(disk.links) == 1
-        assert disk.pread(child, 0) == before
+        assert disk.pread(MIB, 0) == before
+
+
+def test_a_child_that_can_not_make_its_parent_larger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_image(tmp_path / "base.vmdk", 2 * MIB, kind="twoGbMaxExtentSparse", extent_size=MIB)
+    child = create_child(tmp_path / "base.vmdk", tmp_path / "the child.vmdk").path
+    run("resize", child, "3M")
+    (tmp_path / "base-s003.vmdk").write_bytes(b"important")
+    told = hint(capsys, "snapshot", "commit", child)
+    run(*command(told[told.index("; ") :]))
+    with open_disk(child) as disk:
+        assert (len(disk.links), disk.size) == (1, 3 * MIB)
 
 
 def test_another_parent_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

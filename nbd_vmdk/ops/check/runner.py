@@ -297,8 +297,9 @@ class _Chain:
             )
             why = "which of the sizes is right is not known"
             if larger:
-                own = f"nbd-vmdk snapshot rebase --flatten {shlex.quote(child.file.label)}"
-                why += f"; if it was made larger, {own} makes it a disk of its own"
+                merged = f"nbd-vmdk snapshot commit {shlex.quote(child.file.label)}"
+                why += f"; if it was made larger, {merged} makes the parent as large and merges it into that"
+                why += ", rebase --flatten makes it a disk of its own"
             self._tell(child, depth, "chain-size", what, effect, why, Severity.WARNING)
 
     def _report_mismatch(

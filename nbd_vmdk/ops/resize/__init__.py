@@ -7,8 +7,8 @@ smaller files after that.  Between the two it has its old size, or its new one, 
 Before all that the new descriptor is tried out: a folder that can't be written takes none.
 
 Only a disk on which nothing stands can have another size.  A child may grow beyond its parent: what that
-does not have reads as zeros, and others than VMware read it so; but such a child is merged into its parent no
-more.  It can't shrink, as there would be no way back.
+does not have reads as zeros, and others than VMware read it so.  Merging the child makes its parent as large
+(see ops/snapshot/commit.py).  It can't shrink, as there would be no way back.
 
 What is not done: partition tables and file systems inside are the guest's, and stay as they are.
 streamOptimized files can't change; convert makes another.
@@ -115,8 +115,9 @@ def resize(
             changes = work.grow(wanted, reserve=reserve)
             if len(work.disk.links) > 1:
                 log.warning(
-                    "%s: VMware opens no link that is larger than its parent, and it can't be merged into "
-                    "that; nbd-vmdk snapshot rebase --flatten %s makes it a disk of its own",
+                    "%s: VMware opens no link that is larger than its parent; nbd-vmdk snapshot commit %s "
+                    "makes the parent as large and merges it into that, rebase --flatten makes it a disk of "
+                    "its own",
                     link.label,
                     link.word,
                 )

@@ -4,6 +4,7 @@ A merge writes into the parent what the child holds.  Seen through the child not
 moment; but the parent itself is neither the old disk nor the new one until all is done, and its other
 children read wrong data.  So nobody may take it for what it was:
 
+    0. grow       the parent becomes as large as the child, if that was grown; see below
     1. name       the parent gets a second name that says what is happening, ``disk.merging-CCCCCCCC.vmdk``
                   with the child's content ID (a hard link)
     2. identify   it gets a new content ID, so that its other children notice
@@ -19,6 +20,10 @@ parent can't be found by its old name while it is no whole disk; and the names a
 there say how far it came, so the same command goes on from there.  Names can be changed by hand: before a
 child is removed whose parent seems to be whole, reading proves that it is.  Where a file system knows no hard
 links the parent is renamed instead, and the child is refused for a moment.
+
+A child that was grown (see resize) is larger than its parent, whose end reads as zeros through it.  The
+parent gets those zeros first: nothing that any child shows of it changes by that, so its content ID stays,
+and a merge that stops then has done nothing but to make the chain even.
 
 What is not done: children in folders that are not looked at are not found.  A child of the child there is
 refused afterwards (its parent is gone) until it is pointed to the merged one.
@@ -45,10 +50,11 @@ from nbd_vmdk.ops.sides import Comparer, DiskSource
 from nbd_vmdk.ops.snapshot import files, secondname
 from nbd_vmdk.ops.snapshot.machines import MachineFiles
 from nbd_vmdk.ops.snapshot.merge import LinkSource, MergeSink, zero_block
-from nbd_vmdk.ops.snapshot.names import merging_name
-from nbd_vmdk.ops.snapshot.plan import Plan, Stage, make_plan, measure, not_writable
+from nbd_vmdk.ops.snapshot.names import final_name, merging_name
+from nbd_vmdk.ops.snapshot.plan import Plan, Stage, growth, make_plan, measure, not_writable
+from nbd_vmdk.ops.snapshot.tree import link_file, parent_of
 from nbd_vmdk.options import OpenOptions
-from nbd_vmdk.units import MIB
+from nbd_vmdk.units import MIB, SECTOR
 
 log = logging.getLogger("nbd_vmdk")
 
@@ -69,7 +75,8 @@ def plan_commit(path: str | os.PathLike[str], *, keep: bool = False, **options: 
                     plan.parent.folder, plan.parent.name, place.options, _cache(), writable=True
                 )
             held.callback(parent.close)
-            measure(plan, child, parent)
+            below = parent_of(plan.parent)
+            measure(plan, child, parent, below.descriptor.total_sectors * SECTOR if below is not None else 0)
             if not keep:
                 plan.removes = files.own_files(place.link, child.storages, place.links(plan.parent))
     return plan
@@ -156,9 +163,12 @@ def _commit(
             return
         link = files.hold_link(held, place.link, place.options, child)
         disk = held.enter_context(_open_parent(plan, place.options))
-        measure(plan, link, disk.links[0])
+        measure(plan, link, disk.links[0], _size_below(disk))
         if not keep:
             plan.removes = files.own_files(place.link, link.storages, place.links(plan.parent))
+        if plan.grows:
+            _grow(plan, disk)
+            disk = held.enter_context(_open_parent(plan, place.options))
         _begin(plan, child, disk)
         copy(
             LinkSource(link),
@@ -236,6 +246,37 @@ def _open_parent(plan: Plan, options: OpenOptions) -> Disk:
     if disk.writable:
         raise InUse(plan.parent.label, how="it has just been changed", hint="try again")
     raise not_writable(plan, top)
+
+
+def _grow(plan: Plan, disk: Disk) -> None:
+    """Step 0: the parent becomes as large as the child; ``disk``, which is the parent, is closed by that."""
+    plan.begun = True
+    _have_one_name(plan)
+    with disk, ExitStack() as held:
+        for change in growth(held, plan, disk.links[0], plan.sizes[1], _size_below(disk)):
+            change.apply()
+    grown = link_file(plan.parent.folder, plan.parent.name)
+    assert grown is not None
+    plan.parent = grown
+
+
+def _size_below(disk: Disk) -> int:
+    return disk.links[1].size if len(disk.links) > 1 else 0
+
+
+def _have_one_name(plan: Plan) -> None:
+    """Take away what the parent is called besides.
+
+    A descriptor that is a file of its own is replaced, and another name would stay with the old one.  Where
+    an earlier attempt gave it one, the name that it is found by now says as much.
+    """
+    folder = plan.parent.folder
+    kept = os.path.realpath(plan.parent.path)
+    for name in folder.names():
+        if plan.name in (name, final_name(name)):
+            path = os.path.join(os.path.dirname(kept), name)
+            if not os.path.islink(path) and os.path.samefile(path, kept):
+                secondname.drop_name(path, kept)
 
 
 def _begin(plan: Plan, child: DescriptorFile, disk: Disk) -> None:

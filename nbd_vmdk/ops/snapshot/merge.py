@@ -6,6 +6,7 @@ to the parent as such, and so are blocks of the child that are all zeros.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 
 from nbd_vmdk.disk import Disk
 from nbd_vmdk.errors import Unreadable, WriteRefused
@@ -89,12 +90,15 @@ def zero_block(link: Link) -> int:
 
 
 def amount(child: Link, parent: Link) -> Amount:
-    """What merging ``child`` into ``parent`` moves.
+    """What merging ``child`` into ``parent``, once that is as large, moves.
 
     Raises WriteRefused if it would have to write where ``parent`` can't be written, Unreadable if some of
     the child can't be read.
     """
     found = Amount()
+    thick = is_thick(parent)
+    if thick:
+        found.new = child.size - parent.size  # it is set aside as the parent grows
     offset = 0
     for kind, length, _source, _at in child.runs(0, child.size):
         if kind is Kind.LOST:
@@ -105,8 +109,11 @@ def amount(child: Link, parent: Link) -> Amount:
             found.zeros += length
         elif kind is not Kind.HOLE:
             found.data += length
-            there = parent.runs(offset, length)
+            inside = max(min(length, parent.size - offset), 0)
+            there = parent.runs(offset, inside)
             found.new += sum(count for kind, count, _source, _at in there if kind in NOTHING)
+            if not thick:
+                found.new += length - inside
         offset += length
     return found
 
@@ -115,7 +122,9 @@ def _check_place(parent: Link, offset: int, length: int, *, zeros: bool) -> None
     for entry in parent.extents:
         if entry.writable is not None or (zeros and isinstance(entry.extent, ZeroExtent)):
             continue
-        if entry.start < offset + length and offset < entry.start + entry.extent.size:
+        # The last extent is the one that grows.
+        end = inf if entry is parent.extents[-1] else entry.start + entry.extent.size
+        if entry.start < offset + length and offset < end:
             what = entry.access if entry.access != "RW" else entry.extent.type_word
             raise WriteRefused(
                 parent.name,

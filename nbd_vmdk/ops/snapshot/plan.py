@@ -12,16 +12,20 @@ from nbd_vmdk.errors import (
     ChainError,
     ChainTooDeep,
     ContentIdMismatch,
+    FileExists,
+    OptionError,
     ParentNotFound,
     VmdkError,
     WriteRefused,
 )
 from nbd_vmdk.link import Link
 from nbd_vmdk.ondisk.descriptor import is_absolute
+from nbd_vmdk.ops.resize.changes import Change
+from nbd_vmdk.ops.resize.growing import grow_link
 from nbd_vmdk.ops.rewrite import is_embedded
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.machines import Mention, find_mentions
-from nbd_vmdk.ops.snapshot.merge import Amount, amount
+from nbd_vmdk.ops.snapshot.merge import Amount, amount, is_thick
 from nbd_vmdk.ops.snapshot.names import final_name, merging_name
 from nbd_vmdk.ops.snapshot.records import records_in
 from nbd_vmdk.ops.snapshot.tree import LinkFile, ancestors_of, children_of, link_file, parent_of
@@ -50,6 +54,8 @@ class Plan:
     machines       lines of their files that name the child, which goes away
     snapshots      names of snapshots that froze the parent, whose state goes away
     room           bytes that are free where the parent is
+    sizes          the parent's, before and after: it becomes as large as a child that was grown
+    grows          how, in words, step by step; nothing where it is as large already
     begun          something has been changed
     marked         the parent still has the mark of an attempt that was killed, which repair can take away
     """
@@ -66,6 +72,8 @@ class Plan:
     machines: list[Mention] = field(default_factory=list)
     snapshots: list[str] = field(default_factory=list)
     room: int = 0
+    sizes: tuple[int, int] = (0, 0)
+    grows: list[str] = field(default_factory=list)
     begun: bool = False
     marked: bool = False
 
@@ -82,6 +90,7 @@ class Plan:
             "stage": self.stage.value,
             "bytes": self.amount.as_dict(),
             "free": self.room,
+            "grows": self._growth(),
             "grandchildren": [link.label for link in self.grandchildren],
             "breaks": [link.label for link in self.breaks],
             "removes": self.removes,
@@ -89,6 +98,12 @@ class Plan:
             "machines": [each.as_dict() for each in self.machines],
             "snapshots": self.snapshots,
         }
+
+    def _growth(self) -> dict[str, Any] | None:
+        if not self.grows:
+            return None
+        old, new = self.sizes
+        return {"old-size": old, "new-size": new, "steps": self.grows}
 
 
 def make_plan(place: files.Place, *, keep: bool) -> Plan:
@@ -195,18 +210,37 @@ def not_writable(plan: Plan, parent: Link) -> WriteRefused:
     return WriteRefused(parent.name, why=files.why_read_only(parent), hint=hint)
 
 
-def measure(plan: Plan, child: Link, parent: Link) -> None:
-    """Check that the child fits, and count what is to be moved; raises ChainError and WriteRefused."""
-    if child.size != parent.size:
-        # Neither can be resized: of a parent others need what it is, and it would show through its child.
-        hint = f"nbd-vmdk snapshot rebase --flatten {plan.child.word} makes it a disk of its own"
-        why = f"it has {child.size} bytes and its parent {parent.size}"
-        raise ChainError(child.name, why=why, hint=hint)
+def measure(plan: Plan, child: Link, parent: Link, below: int) -> None:
+    """Check that the child fits, and count what is to be moved; ``below`` is the size of the parent's parent.
+
+    Raises ChainError, WriteRefused, and what growing the parent raises if it can't become as large.
+    """
+    flatten = f"nbd-vmdk snapshot rebase --flatten {plan.child.word} makes it a disk of its own"
+    if child.size < parent.size:
+        why = f"it has {child.size} bytes and its parent {parent.size}, which would lose its end"
+        raise ChainError(child.name, why=why, hint=flatten)
     if not parent.writable:
         raise not_writable(plan, parent)
     assert parent.descriptor is not None
     if is_embedded(parent) and len([line for line in parent.descriptor.extents if line.sectors]) > 1:
         raise WriteRefused(parent.name, why="its descriptor is inside one of several extents")
+    plan.sizes = parent.size, child.size
+    if child.size > parent.size:
+        try:
+            with ExitStack() as held:
+                plan.grows = [step.text for step in growth(held, plan, parent, child.size, below)]
+        except (WriteRefused, OptionError, FileExists) as error:
+            error.hint = flatten if error.hint is None else f"{error.hint}; {flatten}"
+            raise
     plan.amount = amount(child, parent)
     room = os.statvfs(plan.parent.folder.name)
     plan.room = room.f_bavail * room.f_frsize
+
+
+def growth(held: ExitStack, plan: Plan, parent: Link, size: int, below: int) -> list[Change]:
+    """The steps that make the parent, which is open for writing, as large as its child; see grow_link().
+
+    It keeps its content ID: what its children show of it is the same before and after.
+    """
+    reserve = is_thick(parent)
+    return grow_link(held, parent, size, below=below, name=plan.name, reserve=reserve, keep_cid=True)
