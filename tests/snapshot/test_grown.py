@@ -16,6 +16,7 @@ import pytest
 from nbd_vmdk import open_disk
 from nbd_vmdk.cli import main
 from nbd_vmdk.errors import (
+    ChainError,
     ContentIdMismatch,
     FileExists,
     FileMissing,
@@ -25,6 +26,8 @@ from nbd_vmdk.errors import (
 )
 from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.ops.snapshot.commit import commit, plan_commit
+from nbd_vmdk.ops.snapshot.delete import delete_link
+from nbd_vmdk.ops.snapshot.rebase import rebase
 from nbd_vmdk.units import KIB, MIB, SECTOR, TIB
 from tests.images import desc
 from tests.images.content import Content
@@ -33,6 +36,7 @@ from tests.snapshot import (
     BASE,
     MIDDLE,
     SIZE,
+    TOP,
     PowerCuts,
     by_qemu,
     killed_at,
@@ -192,6 +196,86 @@ def test_too_much_for_the_parent(tmp_path: Path) -> None:
     child = make_child(base, tmp_path / "child.vmdk", kind="twoGbMaxExtentSparse")
     resize(child, 3 * TIB)
     assert "rebase --flatten" in refused(child, OptionError, "less than 2 TiB")
+
+
+# Others than merging
+
+
+@needs_qemu
+@pytest.mark.parametrize("kind", ["monolithicSparse", "twoGbMaxExtentSparse", "vmfs"])
+@pytest.mark.parametrize("which", ["top", "middle"])
+def test_a_link_under_it_is_removed(tmp_path: Path, kind: str, which: str) -> None:
+    """The child then stands on a parent that is smaller, as it did; that can have other children."""
+    base, middle, top = make_chain(tmp_path, kind)
+    other = make_child(base, tmp_path / "other.vmdk")
+    scribble(other, 4)
+    kept = shows(base), shows(other)
+    if which == "middle":
+        top.unlink()
+        for path in tmp_path.glob("disk-000002*"):
+            path.unlink()
+        grow(middle)
+        top = make_child(middle)
+        scribble(top, 8)
+    expected = grow(top, NEW + (which == "top") * MIB)
+    told = delete_link(middle)
+    assert shows(top) == expected
+    assert delete_link(middle, apply=True).children == told.children
+    assert shows(top) == expected
+    assert (shows(base), shows(other)) == kept
+    if kind != "vmfs":
+        assert by_qemu(top) == expected
+    assert faults(top) == ["chain-size"]
+    assert not any("disk-000001" in name for name in names_in(tmp_path))
+    commit(top, break_children=True)
+    assert shows(base) == expected
+
+
+def test_killed_while_a_link_under_it_is_removed(quick_path: Path) -> None:
+    master, folder = quick_path / "master", quick_path / "copy"
+    master.mkdir()
+    base, middle = make_chain(master)[:2]
+    (master / TOP).unlink()
+    grow(middle)
+    top = make_child(middle)
+    scribble(top, 8)
+    kept = shows(base), shows(middle), shows(top)
+    step = 0
+    while True:
+        shutil.copytree(master, folder)
+        killed = killed_at(step, partial(delete_link, folder / MIDDLE, apply=True))
+        assert shows(folder / BASE) == kept[0]
+        assert shows_or_refused(folder / MIDDLE) in (None, kept[1])
+        assert shows(folder / TOP) == kept[2]
+        if not killed:
+            break
+        if (folder / MIDDLE).exists():
+            delete_link(folder / MIDDLE, apply=True)
+        assert shows(folder / TOP) == kept[2]
+        shutil.rmtree(folder)
+        step += 7
+    assert step > 30
+
+
+def test_another_parent_that_is_smaller(tmp_path: Path) -> None:
+    """Only a child that is larger than what it stands on may be larger than what it will stand on."""
+    base, _middle, top = make_chain(tmp_path)
+    small = make_base(tmp_path, name="small.vmdk", size=MIB + SECTOR)
+    scribble(small, 7)
+    with pytest.raises(ChainError, match=r"2097152 bytes and .*small\.vmdk 1049088"):
+        rebase(top, small)
+    expected = grow(top)
+    told = rebase(top, small, dry_run=True).copied
+    with pytest.raises(WriteRefused, match="does not have what it shows"):
+        rebase(top, small, relink=True)
+    assert rebase(top, small).copied == told > 0
+    assert shows(top) == expected
+    assert rebase(top, small).copied == 0
+    large = make_base(tmp_path, name="large.vmdk", size=NEW + SECTOR)
+    with pytest.raises(ChainError, match="5242880 bytes and"):
+        rebase(top, large)
+    rebase(top, base)
+    assert shows(top) == expected
 
 
 # Being stopped

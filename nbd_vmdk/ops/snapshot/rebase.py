@@ -9,6 +9,9 @@ again goes on.  The child's content ID stays, as its content does, and so do its
 Both chains are asked for their runs, and what lies in the same place of the same file, or is known to be
 zeros in both, is not read at all: rebasing to a grandparent reads what the parent holds and no more.
 
+A child may have been made larger than its parent, or that than its own.  Such a child may stand on any
+smaller one, behind whose end are zeros; others must be as large as their new parent.
+
 ``relink`` changes the pointer alone, once reading has proved that nothing would have to be copied, or
 unchecked, which is for parents that were moved, or touched but not changed.
 """
@@ -33,7 +36,7 @@ from nbd_vmdk.ops.rewrite import DescriptorFile, real_path
 from nbd_vmdk.ops.snapshot import files
 from nbd_vmdk.ops.snapshot.merge import zero_block
 from nbd_vmdk.ops.snapshot.names import final_name
-from nbd_vmdk.ops.snapshot.tree import LinkFile
+from nbd_vmdk.ops.snapshot.tree import LinkFile, ancestors_of
 from nbd_vmdk.options import OpenOptions
 from nbd_vmdk.runs import Run
 from nbd_vmdk.storage.localfolder import LocalFolder
@@ -106,9 +109,10 @@ def rebase(
                 _point(files.hold(held, child), new, None)
             return done
         disk, file, why = _open_child(held, place, relink=relink, dry_run=dry_run)
-        sink = _Differences(disk, new, write=disk.writable and not dry_run, prove=why is not None)
+        there = None if new is None else _Lengthened(new)
+        sink = _Differences(disk, there, write=disk.writable and not dry_run, prove=why is not None)
         try:
-            copy(_Shown(disk, new), sink, progress=progress, threads=threads)
+            copy(_Shown(disk, there), sink, progress=progress, threads=threads)
         except Difference as error:
             raise _differs(done, error, why) from None
         done.copied = sink.bytes
@@ -196,7 +200,7 @@ def _fit(child: LinkFile, new: Disk) -> None:
     if any(line.type in ("FLAT", "VMFS") for line in child.descriptor.extents):
         raise WriteRefused(child.label, why="a flat disk has no holes for a parent to show through")
     size = child.descriptor.total_sectors * SECTOR
-    if new.size != size:
+    if new.size > size or (new.size < size and not _is_uneven(child)):
         parent = new.links[0].name
         if size < new.size:
             hint = f"make it as large first: nbd-vmdk resize {child.word} {new.size}"
@@ -204,6 +208,12 @@ def _fit(child: LinkFile, new: Disk) -> None:
             larger = f"nbd-vmdk resize {shlex.quote(parent)} {size}"
             hint = f"make that one as large first, if nothing stands on it: {larger}"
         raise ChainError(child.label, why=f"it has {size} bytes and {parent} {new.size}", hint=hint)
+
+
+def _is_uneven(child: LinkFile) -> bool:
+    """Whether the child is larger than some link below it, which VMware's products refuse already."""
+    size = child.descriptor.total_sectors
+    return any(link.descriptor.total_sectors < size for link in ancestors_of(child))
 
 
 def _differs(done: Rebased, error: Difference, why: str | None) -> WriteRefused:
@@ -244,13 +254,35 @@ def _independent(descriptor: Descriptor, disk: Disk) -> Descriptor:
     return descriptor
 
 
+class _Lengthened:
+    """A parent that is as large as any child: behind its end are zeros."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self.links = disk.links
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """The bytes there."""
+        inside = max(min(length, self._disk.size - offset), 0)
+        there = self._disk.pread(inside, offset) if inside else b""
+        return there.ljust(length, b"\0")
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """See Disk.runs."""
+        inside = max(min(length, self._disk.size - offset), 0)
+        if inside:
+            yield from self._disk.runs(offset, inside)
+        if inside < length:
+            yield Run(offset + inside, length - inside, Kind.HOLE, None, None, None)
+
+
 class _Shown:
     """What shows through the child's own holes, where the new parent may have something else.
 
     A source of the copier; HOLE stands for what needs no look.
     """
 
-    def __init__(self, disk: Disk, new: Disk | None) -> None:
+    def __init__(self, disk: Disk, new: _Lengthened | None) -> None:
         self._disk = disk
         self._new = new
         self.size = disk.size
@@ -295,7 +327,7 @@ class _Differences:
     ``prove``  it is an error
     """
 
-    def __init__(self, disk: Disk, new: Disk | None, *, write: bool, prove: bool) -> None:
+    def __init__(self, disk: Disk, new: _Lengthened | None, *, write: bool, prove: bool) -> None:
         self._disk = disk
         self._new = new
         self._write = write
