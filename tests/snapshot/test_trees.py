@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbd_vmdk import open_disk
-from nbd_vmdk.errors import WriteRefused
+from nbd_vmdk.errors import ChainError, WriteRefused
+from nbd_vmdk.ops.resize import resize
 from nbd_vmdk.ops.snapshot.commit import commit
 from nbd_vmdk.ops.snapshot.delete import delete_link
 from nbd_vmdk.ops.snapshot.rebase import rebase
-from nbd_vmdk.units import KIB
+from nbd_vmdk.units import KIB, SECTOR
 from tests.snapshot import make_base, make_child, names_in, scribble, shows
 
 SIZE = 200 * KIB + 512
@@ -25,7 +26,7 @@ BASES = st.sampled_from(["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSp
 CHILDREN = st.sampled_from([None, "twoGbMaxExtentSparse", "vmfsSparse"])
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["child", "child", "write", "commit", "rebase", "flatten", "delete"]),
+        st.sampled_from(["child", "child", "write", "commit", "rebase", "flatten", "delete", "grow"]),
         st.integers(0, 99),
         st.integers(0, 99),
         CHILDREN,
@@ -54,6 +55,13 @@ class Tree:
             found |= self.below(child)
         return found
 
+    def above(self, link: Path) -> list[Path]:
+        parent = self.parent[link]
+        return [] if parent is None else [parent, *self.above(parent)]
+
+    def size(self, link: Path) -> int:
+        return len(self.content[link])
+
     def child(self, link: Path, seed: int, kind: str | None) -> None:
         made = make_child(link, kind=kind)
         scribble(made, seed, pieces=4)
@@ -64,6 +72,14 @@ class Tree:
         if not self.children(link):
             scribble(link, seed, pieces=3)
             self.content[link] = shows(link)
+
+    def grow(self, link: Path, seed: int, _kind: str | None) -> None:
+        if not self.children(link):
+            resize(link, by=seed * 5 * SECTOR)
+            scribble(link, seed, pieces=3)
+            shown = shows(link)
+            assert len(shown) == self.size(link) + seed * 5 * SECTOR
+            self.content[link] = shown
 
     def commit(self, link: Path, _other: int, _kind: str | None) -> None:
         parent = self.parent[link]
@@ -83,12 +99,19 @@ class Tree:
         if not others:
             return
         parent = others[other % len(others)]
+        fits = self.size(link) == self.size(parent) or (
+            self.size(link) > self.size(parent)
+            and self.size(link) > min((self.size(each) for each in self.above(link)), default=self.size(link))
+        )
         try:
             rebase(link, parent)
+        except ChainError:
+            assert not fits
         except WriteRefused:
             with open_disk(link) as disk:
                 assert disk.links[0].create_type in ("monolithicFlat", "vmfs")
         else:
+            assert fits
             self.parent[link] = parent
 
     def flatten(self, link: Path, _other: int, _kind: str | None) -> None:
