@@ -5,7 +5,7 @@ A verb of ``nbd-vmdk snapshot`` is a module, with the order of its steps and why
     create    a new child on an image
     listing   every link of some folders, as trees (``list``)
     commit    a child goes into its parent; plan.py finds out what that means and how far it came before,
-              merge.py moves the bytes
+              merge.py moves the bytes, once the parent is as large as the child (see ops/resize)
     rebase    a child gets another parent, or none, and shows what it showed
     delete    one link goes, and what stands on it is rebased
 
