@@ -4,6 +4,7 @@ Merging a child that was made larger: its parent becomes as large first, and who
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -326,17 +327,26 @@ class Stopped:
         assert not any(name.startswith(stem) or "merging" in name or "saved-by" in name for name in names)
 
 
+def no_links(*_args: object, **_kwargs: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 @pytest.mark.parametrize(
-    ("kind", "deep"),
+    ("kind", "deep", "links"),
     [
-        ("monolithicSparse", False),
-        ("twoGbMaxExtentSparse", False),
-        ("twoGbMaxExtentFlat", False),
-        ("vmfs", False),
-        ("vmfs", True),
+        ("monolithicSparse", False, True),
+        ("twoGbMaxExtentSparse", False, True),
+        ("twoGbMaxExtentFlat", False, True),
+        ("monolithicFlat", False, False),
+        ("vmfs", True, True),
     ],
 )
-def test_killed_at_any_step(quick_path: Path, kind: str, deep: bool) -> None:
+def test_killed_at_any_step(
+    quick_path: Path, kind: str, deep: bool, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any sort of parent, in COWD that is a child itself, where there are no hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     case = Stopped(quick_path, kind, deep=deep)
     step = 0
     while killed_at(step, partial(commit, case.fresh() / case.child, break_children=True, threads=1)):

@@ -270,13 +270,9 @@ def _have_one_name(plan: Plan) -> None:
     A descriptor that is a file of its own is replaced, and another name would stay with the old one.  Where
     an earlier attempt gave it one, the name that it is found by now says as much.
     """
-    folder = plan.parent.folder
     kept = os.path.realpath(plan.parent.path)
-    for name in folder.names():
-        if plan.name in (name, final_name(name)):
-            path = os.path.join(os.path.dirname(kept), name)
-            if not os.path.islink(path) and os.path.samefile(path, kept):
-                secondname.drop_name(path, kept)
+    names = [name for name in plan.parent.folder.names() if plan.name in (name, final_name(name))]
+    secondname.keep_one_name(kept, [os.path.join(os.path.dirname(kept), name) for name in names])
 
 
 def _begin(plan: Plan, child: DescriptorFile, disk: Disk) -> None:

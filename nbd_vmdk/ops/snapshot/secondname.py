@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Final
 
 from nbd_vmdk.errors import FileExists, StorageError, WriteRefused
@@ -50,6 +51,17 @@ def drop_name(name: str, kept: str) -> None:
     except OSError as error:
         raise StorageError.of(error, name, "take this name away") from error
     sync_folder(os.path.dirname(name))
+
+
+def keep_one_name(kept: str, others: Iterable[str]) -> None:
+    """Take those of ``others`` away from the file ``kept`` that are names of it; raises StorageError."""
+    for name in others:
+        try:
+            is_same = name != kept and _same(name, kept)
+        except OSError as error:
+            raise StorageError.of(error, name, "look at this name") from error
+        if is_same:
+            drop_name(name, kept)
 
 
 def _same(one: str, two: str) -> bool:
